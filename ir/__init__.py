@@ -1,0 +1,1 @@
+"""What a program is: captured graphs, the facts known about them, and the rules they obey."""

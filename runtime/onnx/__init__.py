@@ -1,0 +1,1 @@
+"""Program to ONNX: cache graphs, translation, files that clients open, parity."""
