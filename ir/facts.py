@@ -1,0 +1,223 @@
+"""Facts: claims about a Program that can be checked again after every pass."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from zeroskip.ir.patterns import SparsityPattern
+from zeroskip.ir.weights import unpack_bits
+
+if TYPE_CHECKING:
+    from zeroskip.ir.program import Program
+
+Self = TypeVar("Self", bound="Fact")
+
+
+@dataclass(frozen=True)
+class Fact(ABC):
+    """A claim about a Program.
+
+    Facts are keyed by linear, so that those of a stage and those of the whole program are the same
+    thing: `restrict` takes a part, `merge` puts parts together.
+    """
+
+    @abstractmethod
+    def check(self, program: Program) -> str | None:
+        """Returns why the claim does not hold for this program, or None when it does."""
+
+    @abstractmethod
+    def restrict(self: Self, linears: Iterable[str]) -> Self:
+        """Returns the part of the fact that is about these linears."""
+
+    @abstractmethod
+    def merge(self: Self, other: Self) -> Self:
+        """Returns the fact that holds both; what the other says wins."""
+
+
+@dataclass(frozen=True)
+class Roles(Fact):
+    """Which linears play a part that pruning leaves alone unless asked; found from the graph.
+
+    Args:
+        heads: Linears that produce the vocabulary-sized output.
+        routers: Linears whose output is ranked by top-k to choose experts.
+        shared: Linears whose weight something else than a linear reads too (tied embeddings).
+    """
+
+    heads: frozenset[str] = frozenset()
+    routers: frozenset[str] = frozenset()
+    shared: frozenset[str] = frozenset()
+
+    def role(self, linear: str) -> str | None:
+        """Returns what a linear is, in words, or None when it is an ordinary one."""
+        if linear in self.heads:
+            return "output head"
+        if linear in self.routers:
+            return "expert router"
+        return "shared weight" if linear in self.shared else None
+
+    def check(self, program: Program) -> str | None:
+        from zeroskip.ir.linears import find_linears
+
+        known = {linear.name for linear in find_linears(program)}
+        missing = sorted((self.heads | self.routers | self.shared) - known)
+        return f"role given to {missing[0]}, which is not a linear" if missing else None
+
+    def restrict(self, linears: Iterable[str]) -> Roles:
+        names = set(linears)
+        return Roles(self.heads & names, self.routers & names, self.shared & names)
+
+    def merge(self, other: Roles) -> Roles:
+        return Roles(
+            self.heads | other.heads, self.routers | other.routers, self.shared | other.shared
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeStatistics:
+    """What an observer saw on one activation edge, over all tokens that are not padding.
+
+    Args:
+        count: Number of tokens.
+        total: Sum of x, float64 [in].
+        total_of_squares: Sum of x^2, float64 [in].
+        abs_max: Largest |x|, float32 [in].
+        gram: Sum of x x^T, float32 [in, in], when asked for.
+    """
+
+    count: int
+    total: torch.Tensor
+    total_of_squares: torch.Tensor
+    abs_max: torch.Tensor
+    gram: torch.Tensor | None = None
+
+    def root_mean_square(self) -> torch.Tensor:
+        """Returns sqrt(E[x^2]), float32 [in]; zeros when no token was seen."""
+        return (self.total_of_squares / max(self.count, 1)).sqrt().float()
+
+    def variance(self) -> torch.Tensor:
+        """Returns E[x^2] - E[x]^2 over tokens, float64 [in], never negative."""
+        count = max(self.count, 1)
+        return (self.total_of_squares / count - (self.total / count).square()).clamp_min(0)
+
+    def mean(self) -> torch.Tensor:
+        """Returns E[x], float64 [in]."""
+        return self.total / max(self.count, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics(Fact):
+    """Calibration statistics of the input of each linear; linears that share an edge share them."""
+
+    edges: Mapping[str, EdgeStatistics] = field(default_factory=dict)
+
+    def check(self, program: Program) -> str | None:
+        from zeroskip.ir.linears import find_linears
+
+        widths = {linear.name: linear.in_features for linear in find_linears(program)}
+        for name, edge in self.edges.items():
+            if name not in widths:
+                return f"statistics for {name}, which is not a linear"
+            if edge.total_of_squares.shape != (widths[name],):
+                return (
+                    f"statistics of {name} have {tuple(edge.total_of_squares.shape)} channels, "
+                    f"the linear has {widths[name]}"
+                )
+        return None
+
+    def restrict(self, linears: Iterable[str]) -> Statistics:
+        names = set(linears)
+        return Statistics({n: e for n, e in self.edges.items() if n in names})
+
+    def merge(self, other: Statistics) -> Statistics:
+        return Statistics({**self.edges, **other.edges})
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Which weights of one linear are kept.
+
+    Args:
+        bits: `pack_bits` of a boolean [out, in] tensor; True keeps the weight.
+        shape: (out, in).
+        pattern: The pattern that the mask obeys.
+        score: The name of the criterion that chose it.
+    """
+
+    bits: torch.Tensor
+    shape: tuple[int, int]
+    pattern: SparsityPattern
+    score: str
+
+    def keep(self) -> torch.Tensor:
+        """Returns the boolean [out, in] tensor."""
+        return unpack_bits(self.bits, self.shape)
+
+    def same_as(self, other: Mask | None) -> bool:
+        """Whether both keep the same weights under the same pattern."""
+        return (
+            other is not None
+            and self.shape == other.shape
+            and self.pattern == other.pattern
+            and torch.equal(self.bits, other.bits)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Masks(Fact):
+    """A decision to prune: the mask of each linear. No number has changed yet."""
+
+    masks: Mapping[str, Mask] = field(default_factory=dict)
+
+    def check(self, program: Program) -> str | None:
+        from zeroskip.ir.linears import find_linears
+
+        shapes = {
+            linear.name: (linear.out_features, linear.in_features)
+            for linear in find_linears(program)
+        }
+        for name, mask in self.masks.items():
+            if shapes.get(name) != mask.shape:
+                return f"mask of {name} is {mask.shape}, the linear is {shapes.get(name)}"
+            reason = mask.pattern.violation(mask.keep())
+            if reason is not None:
+                return f"mask of {name} breaks {mask.pattern}: {reason}"
+        return None
+
+    def restrict(self, linears: Iterable[str]) -> Masks:
+        names = set(linears)
+        return Masks({n: m for n, m in self.masks.items() if n in names})
+
+    def merge(self, other: Masks) -> Masks:
+        return Masks({**self.masks, **other.masks})
+
+
+@dataclass(frozen=True, eq=False)
+class SparseWeights(Fact):
+    """The masks have been applied: each weight is zero wherever its mask is False."""
+
+    masks: Mapping[str, Mask] = field(default_factory=dict)
+
+    def check(self, program: Program) -> str | None:
+        from zeroskip.ir.linears import find_linears
+
+        linears = {linear.name: linear for linear in find_linears(program)}
+        for name, mask in self.masks.items():
+            linear = linears.get(name)
+            if linear is None:
+                return f"{name} is said to be sparse and is not a linear"
+            if linear.weight(program).masked_fill(mask.keep(), 0).any():
+                return f"{name} has a non-zero weight outside its mask"
+        return None
+
+    def restrict(self, linears: Iterable[str]) -> SparseWeights:
+        names = set(linears)
+        return SparseWeights({n: m for n, m in self.masks.items() if n in names})
+
+    def merge(self, other: SparseWeights) -> SparseWeights:
+        return SparseWeights({**self.masks, **other.masks})

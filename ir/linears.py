@@ -1,0 +1,350 @@
+"""Every linear of a Program as one view, whatever operator spells it.
+
+A linear is a matrix product of an activation with a parameter. PyTorch models spell it `linear`,
+`addmm` (Conv1D), `matmul` or `mm` with a transposed parameter, `bmm` or a grouped product with a
+3-D parameter (one linear for each expert). All become `Linear`, with W as [out, in].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import fx
+
+from zeroskip.ir.dataflow import is_elementwise, is_movement
+from zeroskip.ir.errors import CompileError
+from zeroskip.ir.facts import Roles
+from zeroskip.ir.program import Program
+from zeroskip.ir.weights import Masked, Source, pack_bits, unpack_bits
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class LinearUse:
+    """One node that multiplies by the weight.
+
+    Args:
+        node: The operator.
+        activation: What is multiplied: [..., in], or [experts, tokens, in] for `bmm`.
+        weight: The argument that holds the weight expression.
+        bias: The parameter that is added, when the operator adds one.
+        offsets: For grouped products, the node with the end row of each expert.
+    """
+
+    node: fx.Node
+    activation: fx.Node
+    weight: fx.Node
+    bias: str | None = None
+    offsets: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear map y = x W^T + b of a Program.
+
+    Args:
+        name: The parameter's fully qualified name; with `[e]` behind it for expert e.
+        parameter: The parameter's fully qualified name.
+        out_features: Rows of W.
+        in_features: Columns of W.
+        transposed: The parameter is stored [in, out].
+        expert: Index into a 3-D parameter, or None.
+        uses: Where the program multiplies by it; several when the weight is shared.
+    """
+
+    name: str
+    parameter: str
+    out_features: int
+    in_features: int
+    transposed: bool
+    expert: int | None
+    uses: tuple[LinearUse, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return (self.out_features, self.in_features)
+
+    def weight(self, program: Program) -> torch.Tensor:
+        """Loads W as [out, in]; a view where possible, never to be written to."""
+        return self.view(program.weights[self.parameter])
+
+    def view(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Views a tensor of the parameter's shape as [out, in]."""
+        matrix = parameter if self.expert is None else parameter[self.expert]
+        return matrix.T if self.transposed else matrix
+
+
+def find_linears(program: Program) -> list[Linear]:
+    """Returns every linear of a program in the order of first use."""
+    uses: dict[str, list[tuple[LinearUse, bool]]] = {}
+    for node in program.graph.nodes:
+        spelled = _spelling(node, program)
+        if spelled is not None:
+            use, parameter, transposed = spelled
+            uses.setdefault(parameter, []).append((use, transposed))
+    linears: list[Linear] = []
+    for parameter, found in uses.items():
+        if len({transposed for _, transposed in found}) > 1:
+            continue  # Used both ways round: "input dimension" has no one meaning.
+        linears += _views(parameter, program, found[0][1], tuple(use for use, _ in found))
+    return linears
+
+
+def _views(
+    parameter: str, program: Program, transposed: bool, uses: tuple[LinearUse, ...]
+) -> list[Linear]:
+    shape = program.weights.source(parameter).shape
+    rows, columns = (shape[-1], shape[-2]) if transposed else (shape[-2], shape[-1])
+    if len(shape) == 2:
+        return [Linear(parameter, parameter, rows, columns, transposed, None, uses)]
+    return [
+        Linear(f"{parameter}[{e}]", parameter, rows, columns, transposed, e, uses)
+        for e in range(shape[0])
+    ]
+
+
+# Each spelling: position of the activation, of the weight, of the bias, and whether the operator
+# multiplies by the weight as it stands ([in, out]) rather than by its transpose.
+_SPELLINGS: dict[Any, tuple[int, int, int | None, bool]] = {
+    aten.linear.default: (0, 1, 2, False),
+    aten.addmm.default: (1, 2, 0, True),
+    aten.mm.default: (0, 1, None, True),
+    aten.matmul.default: (0, 1, None, True),
+    aten.bmm.default: (0, 1, None, True),
+}
+_GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
+
+
+def _spelling(node: fx.Node, program: Program) -> tuple[LinearUse, str, bool] | None:
+    """Returns (use, parameter, transposed) when a node multiplies by a parameter."""
+    if node.op != "call_function":
+        return None
+    grouped = getattr(node.target, "_opname", "") in _GROUPED
+    spelling = (0, 1, None, True) if grouped else _SPELLINGS.get(node.target)
+    if spelling is None or len(node.args) <= spelling[1]:
+        return None
+    activation_at, weight_at, bias_at, stored_in_out = spelling
+    activation, weight = node.args[activation_at], node.args[weight_at]
+    if not isinstance(activation, fx.Node) or not isinstance(weight, fx.Node):
+        return None
+    source = _transposed_parameter(weight, program)
+    if source is None or _transposed_parameter(activation, program) is not None:
+        return None
+    parameter, swapped = source
+    rank = len(program.weights.source(parameter).shape)
+    if rank != (3 if grouped or node.target is aten.bmm.default else 2):
+        return None
+    if node.target is aten.addmm.default and (node.kwargs or len(node.args) > 3):
+        return None  # alpha or beta: not a plain linear.
+    offsets = None
+    if grouped:
+        found = node.args[2] if len(node.args) > 2 else node.kwargs.get("offs")
+        if not isinstance(found, fx.Node):
+            return None
+        offsets = found
+    bias = None
+    if bias_at is not None and len(node.args) > bias_at:
+        argument = node.args[bias_at]
+        bias = str(argument.target) if isinstance(argument, fx.Node) else None
+    use = LinearUse(node, activation, weight, bias, offsets)
+    return use, parameter, stored_in_out != swapped
+
+
+def _transposed_parameter(node: fx.Node, program: Program) -> tuple[str, bool] | None:
+    """Follows transposes and copies back to a parameter: (name, transposed an odd number of times).
+
+    None when the expression is anything else, such as `1 + w` or a slice.
+    """
+    swapped = False
+    while node.op == "call_function":
+        if not node.args or not isinstance(node.args[0], fx.Node):
+            return None
+        step = _swaps_last_two(node)
+        if step is None:
+            return None
+        swapped ^= step
+        node = node.args[0]
+    if node.op == "get_attr" and node.target in program.weights:
+        rank = len(program.weights.source(str(node.target)).shape)
+        return (str(node.target), swapped) if rank in (2, 3) else None
+    return None
+
+
+def _swaps_last_two(node: fx.Node) -> bool | None:
+    """Whether an operator swaps the last two dimensions (True) or keeps all (False), else None."""
+    source = node.args[0]
+    value = source.meta.get("val") if isinstance(source, fx.Node) else None
+    if not isinstance(value, torch.Tensor):
+        return None
+    rank = value.dim()
+    if node.target in (aten.t.default, aten.numpy_T.default):
+        return True if rank == 2 else None
+    if node.target in (aten.mT.default, aten.adjoint.default):
+        return True
+    if node.target is aten.transpose.int:
+        swapped = {int(d) % rank for d in node.args[1:3]}  # type: ignore[arg-type]
+        return True if swapped == {rank - 1, rank - 2} else None
+    if node.target is aten.permute.default:
+        order = [int(d) % rank for d in node.args[1]]  # type: ignore[union-attr, arg-type]
+        plain = list(range(rank))
+        if order == plain:
+            return False
+        return True if order == [*plain[:-2], rank - 1, rank - 2] else None
+    unchanged = (
+        aten.detach.default,
+        aten.alias.default,
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.to.device,
+        aten.to.dtype,
+        aten.to.dtype_layout,
+    )
+    return False if node.target in unchanged else None
+
+
+def find_roles(program: Program) -> Roles:
+    """Finds output heads, expert routers and shared weights from the graph alone.
+
+    A head is a linear whose output reaches a program output through element-wise operators and
+    data movement only, and is as wide as a table that integer inputs index (the vocabulary). A
+    router is a linear whose output is ranked by top-k before anything multiplies by a parameter.
+    """
+    vocabularies = {
+        int(program.weights.source(name).shape[0])
+        for node in program.graph.find_nodes(op="call_function", target=aten.embedding.default)
+        if (name := str(getattr(node.args[0], "target", ""))) in program.weights
+    }
+    heads, routers, shared = set(), set(), set()
+    for linear in find_linears(program):
+        outputs = [use.node for use in linear.uses]
+        if linear.out_features in vocabularies and _reaches(outputs, _is_output, _carries):
+            heads.add(linear.name)
+        if _reaches(outputs, _is_ranking, _carries):
+            routers.add(linear.name)
+        if _has_other_users(linear, program):
+            shared.add(linear.name)
+    return Roles(frozenset(heads), frozenset(routers), frozenset(shared - heads))
+
+
+def _is_output(node: fx.Node) -> bool:
+    return node.op == "output"
+
+
+def _is_ranking(node: fx.Node) -> bool:
+    return node.target in (aten.topk.default, aten.argmax.default, aten.sort.default)
+
+
+def _carries(node: fx.Node) -> bool:
+    """Whether a node hands on its input's channels: element-wise, movement or a softmax."""
+    normalising = (aten.softmax.int, aten._softmax.default, aten.log_softmax.int)
+    return is_elementwise(node) or is_movement(node) or node.target in normalising
+
+
+def _reaches(
+    start: Iterable[fx.Node], goal: Callable[[fx.Node], bool], through: Callable[[fx.Node], bool]
+) -> bool:
+    seen: set[fx.Node] = set()
+    queue = list(start)
+    while queue:
+        node = queue.pop()
+        for user in node.users:
+            if goal(user):
+                return True
+            if user not in seen and through(user):
+                seen.add(user)
+                queue.append(user)
+    return False
+
+
+def _has_other_users(linear: Linear, program: Program) -> bool:
+    """Whether anything but this linear's own nodes reads the parameter."""
+    weights = {use.weight for use in linear.uses}
+    for node in program.graph.find_nodes(op="get_attr"):
+        if node.target != linear.parameter:
+            continue
+        queue = [node]
+        while queue:
+            current = queue.pop()
+            for user in current.users:
+                if current in weights and any(user is use.node for use in linear.uses):
+                    continue
+                if _swaps_last_two(user) is None:
+                    return True
+                queue.append(user)
+    return False
+
+
+def select_linears(
+    program: Program, include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()
+) -> list[Linear]:
+    """Returns the linears that a pass works on.
+
+    Args:
+        program: A program that knows its `Roles`.
+        include: Shell-style patterns of names. When given, only these are taken, heads, routers
+            and shared weights among them.
+        exclude: Patterns of names that are left out in any case.
+    """
+    roles = program.fact(Roles)
+
+    def matches(name: str, patterns: tuple[str, ...]) -> bool:
+        bare = name.removesuffix(".weight")
+        return any(fnmatchcase(name, p) or fnmatchcase(bare, p) for p in patterns)
+
+    def wanted(linear: Linear) -> bool:
+        if matches(linear.name, exclude):
+            return False
+        if include:
+            return matches(linear.name, include)
+        return roles.role(linear.name) is None
+
+    return [linear for linear in find_linears(program) if wanted(linear)]
+
+
+def check_selection(program: Program, include: tuple[str, ...], exclude: tuple[str, ...]) -> None:
+    """Raises CompileError when a name pattern matches nothing, or everything is left out."""
+    linears = find_linears(program)
+    names = [linear.name for linear in linears]
+    for pattern in (*include, *exclude):
+        bare = [name.removesuffix(".weight") for name in names]
+        if not any(fnmatchcase(name, pattern) for name in (*names, *bare)):
+            raise CompileError(
+                f"the pattern {pattern!r} matches no linear",
+                next_step=f"the linears are {', '.join(names[:6])}"
+                + (", ..." if len(names) > 6 else ""),
+            )
+    if linears and not select_linears(program, include, exclude):
+        raise CompileError(
+            "no linear is left to work on",
+            next_step="widen `include` or narrow `exclude`",
+        )
+
+
+def masked_sources(program: Program, keeps: Mapping[str, torch.Tensor]) -> dict[str, Source]:
+    """Returns the masked form of each parameter that holds one of the linears named.
+
+    Args:
+        program: The program that the linears belong to.
+        keeps: Boolean [out, in] by linear; True keeps the weight.
+    """
+    by_parameter: dict[str, list[Linear]] = {}
+    for linear in find_linears(program):
+        if linear.name in keeps:
+            by_parameter.setdefault(linear.parameter, []).append(linear)
+    sources: dict[str, Source] = {}
+    for parameter, linears in by_parameter.items():
+        source = program.weights.source(parameter)
+        keep = torch.ones(source.shape, dtype=torch.bool)
+        if isinstance(source, Masked):
+            keep = unpack_bits(source.bits, source.shape)
+            source = source.source
+        for linear in linears:
+            linear.view(keep).logical_and_(keeps[linear.name])
+        sources[parameter] = Masked(source, pack_bits(keep))
+    return sources

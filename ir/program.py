@@ -1,0 +1,210 @@
+"""A Program: a graph of ATen operators, the weights it reads, and the facts known about it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+from torch import fx
+
+from zeroskip.ir.errors import CompileError, RequirementError
+from zeroskip.ir.weights import InMemory, Source, Weights
+
+if TYPE_CHECKING:
+    from zeroskip.ir.facts import Fact
+
+Level = Literal["captured", "annotated", "lowered"]
+Batch = Mapping[str, torch.Tensor]
+AnyFact = TypeVar("AnyFact", bound="Fact")
+
+
+@dataclass(frozen=True)
+class Program:
+    """What every pass takes and returns.
+
+    Tensors are replaced, never written in place, so a Program stays usable whatever happens to the
+    ones derived from it.
+
+    Args:
+        graph_module: Placeholders are the inputs, `get_attr` nodes name parameters and constants by
+            fully qualified name, the single output is a flat tuple. Call `run`, not the module:
+            the module holds no values for weights that live on disk or behind a mask.
+        weights: The parameters. Tied parameters are one entry.
+        example_inputs: One batch by placeholder name; small, used to compare before with after.
+        outputs: A name for each output, such as `logits`.
+        level: Which operators the graph may hold (see `zeroskip.ir.verify`).
+        facts: What is known, by type.
+        calibration: Batches that observers run on; empty when there is no calibration data.
+        padding_masks: Placeholders that hold 1 for a token and 0 for padding.
+        model: The module that the Program was captured from; None for a stage.
+    """
+
+    graph_module: fx.GraphModule
+    weights: Weights
+    example_inputs: Batch
+    outputs: tuple[str, ...]
+    level: Level = "captured"
+    facts: Mapping[type[Fact], Fact] = field(default_factory=dict)
+    calibration: Sequence[Batch] = ()
+    padding_masks: tuple[str, ...] = ()
+    model: torch.nn.Module | None = None
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the placeholders, in order."""
+        return tuple(str(node.target) for node in self.graph.find_nodes(op="placeholder"))
+
+    def fork(self) -> Program:
+        """Returns a Program whose graph may be edited freely; every tensor is shared."""
+        return dataclasses.replace(self, graph_module=copy_graph_module(self.graph_module))
+
+    def with_fact(self, *facts: Fact) -> Program:
+        """Returns a Program that also knows these facts; one of the same type is replaced."""
+        return dataclasses.replace(self, facts={**self.facts, **{type(f): f for f in facts}})
+
+    def without_facts(self, kinds: Iterable[type[Fact]]) -> Program:
+        """Returns a Program that no longer knows facts of these types."""
+        dropped = tuple(kinds)
+        return dataclasses.replace(
+            self, facts={k: f for k, f in self.facts.items() if k not in dropped}
+        )
+
+    def fact(self, kind: type[AnyFact]) -> AnyFact:
+        """Returns the fact of a type.
+
+        Raises:
+            RequirementError: The fact is not known.
+        """
+        found = self.facts.get(kind)
+        if found is None:
+            raise RequirementError(
+                f"the program holds no {kind.__name__}",
+                next_step=f"put a pass that provides {kind.__name__} earlier in the list",
+            )
+        return found  # type: ignore[return-value]
+
+    def with_weights(self, updates: Mapping[str, Source | torch.Tensor]) -> Program:
+        """Returns a Program with some weights replaced; shapes and dtypes must stay.
+
+        Raises:
+            CompileError: A name is unknown, or the shape or dtype differs.
+        """
+        graph_module = copy_graph_module(self.graph_module)
+        weights = self.weights.replace(updates)
+        for name in updates:
+            if name not in self.weights:
+                raise CompileError(f"there is no weight {name!r}", where=name)
+            old, new = self.weights.source(name), weights.source(name)
+            if (old.shape, old.dtype) != (new.shape, new.dtype):
+                raise CompileError(
+                    f"a weight of {tuple(old.shape)} {old.dtype} cannot become "
+                    f"{tuple(new.shape)} {new.dtype}",
+                    where=name,
+                )
+            bind_parameter(graph_module, name, new)
+        return dataclasses.replace(self, graph_module=graph_module, weights=weights)
+
+    def run(self, inputs: Batch) -> dict[str, torch.Tensor]:
+        """Runs the program on one batch, loading each weight just before its first use.
+
+        Args:
+            inputs: A tensor for every placeholder.
+
+        Returns:
+            The outputs by name, in order.
+
+        Raises:
+            CompileError: An input is missing or unknown.
+        """
+        self.check_inputs(inputs)
+        with torch.no_grad():
+            values = _Runner(self).run(*(inputs[name] for name in self.inputs))
+        return dict(zip(self.outputs, values, strict=True))
+
+    def check_inputs(self, inputs: Batch) -> None:
+        """Raises CompileError when a batch misses an input or has one too many."""
+        missing = [name for name in self.inputs if name not in inputs]
+        unknown = [name for name in inputs if name not in self.inputs]
+        if missing or unknown:
+            raise CompileError(
+                f"the inputs do not fit: missing {missing}, unknown {unknown}",
+                next_step=f"pass exactly {list(self.inputs)}",
+            )
+
+    def module(self) -> fx.GraphModule:
+        """Returns a runnable GraphModule that holds every weight in memory.
+
+        It takes the inputs by position or name and returns a flat tuple; it can be compiled,
+        exported again, or trained.
+        """
+        module = copy_graph_module(self.graph_module)
+        for name in self.weights:
+            bind_parameter(module, name, InMemory(self.weights[name]))
+        return module
+
+
+class _Runner(fx.Interpreter):
+    """Runs a graph node by node, taking parameters from `Weights` and freeing after last use."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program.graph_module)
+        self._weights = program.weights
+        # The interpreter's own message (it names the node) is enough; it must not print as well.
+        self.extra_traceback = False
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in self._weights:
+            return self._weights[target]
+        return super().get_attr(target, args, kwargs)
+
+
+def copy_graph_module(source: fx.GraphModule) -> fx.GraphModule:
+    """Copies the graph and its metadata; parameters, buffers and submodules are shared."""
+    graph = fx.Graph()
+    output = graph.graph_copy(source.graph, val_map={}, return_output_node=True)
+    assert output is not None
+    value, old = output
+    graph.output(value).meta = dict(old.meta)
+    return fx.GraphModule(source, graph)
+
+
+def bind_parameter(module: fx.GraphModule, name: str, source: Source) -> None:
+    """Makes an attribute of a GraphModule stand for a source.
+
+    The containers on the way belong to this module alone (fx makes them when it copies a graph).
+    A tensor in memory is bound itself. One that is not becomes a `meta` tensor: running the module
+    directly then fails at once, instead of computing with values that are no longer true.
+    """
+    if isinstance(source, InMemory):
+        tensor = source.tensor
+    else:
+        tensor = torch.empty(source.shape, dtype=source.dtype, device="meta")
+    if not isinstance(tensor, torch.nn.Parameter):
+        tensor = torch.nn.Parameter(tensor, requires_grad=False)
+    *path, leaf = name.split(".")
+    owner: torch.nn.Module = module
+    for part in path:
+        if part not in owner._modules:
+            owner.add_module(part, torch.nn.Module())
+        owner = owner.get_submodule(part)
+    owner._buffers.pop(leaf, None)
+    owner._parameters[leaf] = tensor
+
+
+def attribute(module: torch.nn.Module, target: str) -> Any:
+    """Returns the attribute at a dotted path.
+
+    Raises:
+        AttributeError: There is none.
+    """
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from zeroskip.calibration import calibration_from_text
+from zeroskip.ir.errors import CalibrationError
+
+TEXT = "".join(chr(32 + i % 90) for i in range(1000))
+
+
+def starts_of(batches: list[dict[str, torch.Tensor]], tokens: list[int]) -> list[int]:
+    """Where each window begins, found by its content (TEXT repeats only every 90 tokens)."""
+    width = batches[0]["input_ids"].shape[1]
+    found = []
+    after = 0
+    for batch in batches:
+        row = batch["input_ids"][0].tolist()
+        start = next(i for i in range(after, len(tokens)) if tokens[i : i + width] == row)
+        found.append(start)
+        after = start + 1
+    return found
+
+
+def test_shapes_and_types(tokenizer: PreTrainedTokenizerFast) -> None:
+    batches = calibration_from_text(TEXT, tokenizer, samples=4, sequence_length=100)
+    assert len(batches) == 4
+    for batch in batches:
+        assert set(batch) == {"input_ids", "attention_mask"}
+        for tensor in batch.values():
+            assert tensor.shape == (1, 100)
+            assert tensor.dtype == torch.int64
+        assert bool((batch["attention_mask"] == 1).all())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_windows_are_contiguous_and_do_not_overlap(
+    tokenizer: PreTrainedTokenizerFast, seed: int
+) -> None:
+    tokens = tokenizer(TEXT)["input_ids"]
+    batches = calibration_from_text(TEXT, tokenizer, samples=9, sequence_length=100, seed=seed)
+    starts = starts_of(batches, tokens)
+    assert all(later - sooner >= 1 for sooner, later in zip(starts, starts[1:], strict=False))
+    covered = sum(len(set(range(start, start + 100))) for start in starts)
+    assert covered == 900
+
+
+def test_a_text_of_exactly_the_needed_length_is_used_whole(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    batches = calibration_from_text(TEXT, tokenizer, samples=10, sequence_length=100, seed=5)
+    joined = torch.cat([batch["input_ids"][0] for batch in batches]).tolist()
+    assert joined == tokenizer(TEXT)["input_ids"]
+
+
+def test_the_seed_decides(tokenizer: PreTrainedTokenizerFast) -> None:
+    def windows(seed: int) -> torch.Tensor:
+        batches = calibration_from_text(TEXT, tokenizer, samples=3, sequence_length=50, seed=seed)
+        return torch.cat([batch["input_ids"] for batch in batches])
+
+    assert torch.equal(windows(1), windows(1))
+    assert not torch.equal(windows(1), windows(2))
+
+
+def test_a_file_and_its_text_give_the_same(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    windows = [
+        torch.cat(
+            [
+                batch["input_ids"]
+                for batch in calibration_from_text(source, tokenizer, samples=3, sequence_length=50)
+            ]
+        )
+        for source in (path, str(path), TEXT)
+    ]
+    assert torch.equal(windows[0], windows[1])
+    assert torch.equal(windows[0], windows[2])
+
+
+def test_a_short_text_overlaps_with_a_warning(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.warns(UserWarning, match="overlap"):
+        batches = calibration_from_text(TEXT[:120], tokenizer, samples=5, sequence_length=100)
+    starts = starts_of(batches, tokenizer(TEXT[:120])["input_ids"])
+    assert len(set(starts)) == 5
+
+
+def test_no_warning_when_nothing_overlaps(tokenizer: PreTrainedTokenizerFast) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibration_from_text(TEXT, tokenizer, samples=10, sequence_length=100)
+
+
+def test_too_short_says_how_much_there_is_and_is_needed(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    with pytest.raises(CalibrationError, match=r"1000 tokens.*at least 1001.*2000") as caught:
+        calibration_from_text(TEXT, tokenizer, samples=2, sequence_length=1000)
+    assert caught.value.next_step
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "empty"), (b" \n\t", "empty"), (b"abc\xff\xfe", "not UTF-8: byte 3")],
+)
+def test_unusable_files(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, content: bytes, message: str
+) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(content)
+    with pytest.raises(CalibrationError, match=message) as caught:
+        calibration_from_text(path, tokenizer)
+    assert caught.value.where == str(path)
+
+
+def test_a_missing_file(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(CalibrationError, match="cannot be read"):
+        calibration_from_text(tmp_path / "absent.txt", tokenizer)
+
+
+def test_a_vocabulary_that_is_too_small(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(CalibrationError, match=r"gives token \d+, but the model knows 10"):
+        calibration_from_text(TEXT, tokenizer, samples=1, sequence_length=10, vocab_size=10)
+
+
+@pytest.mark.parametrize(("samples", "sequence_length"), [(0, 10), (1, 0), (-1, 10)])
+def test_nothing_asked_for(
+    tokenizer: PreTrainedTokenizerFast, samples: int, sequence_length: int
+) -> None:
+    with pytest.raises(CalibrationError, match="no calibration data"):
+        calibration_from_text(TEXT, tokenizer, samples=samples, sequence_length=sequence_length)

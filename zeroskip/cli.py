@@ -1,0 +1,204 @@
+"""The command `zeroskip`.
+
+Exit codes: 0 done; 2 the command line or an input file cannot be used, and nothing was computed;
+1 a compilation or an evaluation stopped. Problems go to stderr: what is wrong, where, in which
+pass, and the next step to take; results go to stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from zeroskip.ir.errors import CompileError
+
+if TYPE_CHECKING:
+    from zeroskip.recipe import Recipe
+
+# Everything that imports torch is imported inside the commands: `zeroskip --help` is instant.
+
+STOPPED = 1
+REFUSED = 2
+EXIT_CODES = (
+    "Exit codes: 0 done; 2 the command line or an input cannot be used, nothing was computed; "
+    "1 the compilation or evaluation stopped."
+)
+
+app = typer.Typer(
+    name="zeroskip",
+    help="A compiler for post-training sparsity.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Text = Annotated[Path, typer.Option("--text", help="The text to score: a UTF-8 file.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line; always ends in SystemExit."""
+    try:
+        app(args=list(arguments) if arguments is not None else None)
+    except CompileError as error:
+        _fail(error, STOPPED)
+
+
+@app.command("compile", epilog=EXIT_CODES)
+def compile_command(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face directory or a GGUF file.")],
+    recipe: Annotated[Path, typer.Option("--recipe", "-r", help="The passes: YAML or JSON.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A folder that is not there yet.")],
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", "-c", help="Text to calibrate on: UTF-8.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Windows of text.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(min=1, help="Tokens in each.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Chooses the windows.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory budget, such as 4GiB.")] = None,
+    as_json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no report.")] = False,
+) -> None:
+    """Compile MODEL by a recipe into a folder.
+
+    OUT appears only when everything succeeded. It holds checkpoint/ (an ordinary Hugging Face
+    directory), recipe.yaml (what ran, every option spelled out), report.json, and what the export
+    passes wrote: their relative directories lie under OUT. --samples, --sequence-length, --seed and
+    --memory override the recipe.
+    """
+    with ExitStack() as stack:
+        with _refusing_inputs():
+            from zeroskip.build_folder import build_folder, relocated, under
+            from zeroskip.models import load_tokenizer
+            from zeroskip.recipe import dump_recipe, load_recipe
+
+            plan = _overridden(load_recipe(recipe), samples, sequence_length, seed, memory)
+            tokenizer = load_tokenizer(model)
+            batches = _calibration(calibration, tokenizer, plan) if calibration else None
+            source = _source(model)
+            folder = stack.enter_context(build_folder(out))
+        from zeroskip.compile import compile_sparse
+
+        compiled = compile_sparse(
+            source,
+            [under(step, folder) for step in plan.passes],
+            calibration=batches,
+            memory=plan.memory,
+            progress=not (quiet or as_json),
+        )
+        compiled.save_pretrained(folder / "checkpoint")
+        tokenizer.save_pretrained(folder / "checkpoint")
+        (folder / "recipe.yaml").write_text(dump_recipe(plan, defaults=True), encoding="utf-8")
+        report = relocated(compiled.report.to_json(), folder, out.absolute())
+        text = json.dumps(report, indent=2, ensure_ascii=False)
+        (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+        shown = relocated(str(compiled.report), folder, out)
+    if as_json:
+        typer.echo(text)
+    elif not quiet:
+        typer.echo(f"{shown}\n{out}")
+
+
+@app.command("eval", epilog=EXIT_CODES)
+def eval_command(
+    target: Annotated[
+        Path, typer.Argument(help="A folder with model.onnx, a Hugging Face directory, or a GGUF.")
+    ],
+    text: Text,
+    sequence_length: Annotated[int, typer.Option(min=1, help="Inputs in a window.")] = 1024,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Distance between windows; default: their length.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Score at most so many.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the perplexity of TARGET on a text."""
+    from dataclasses import asdict
+
+    with _refusing_inputs():
+        from zeroskip.evaluate import encode, perplexity
+        from zeroskip.targets import load_target
+
+        loaded, tokenizer = load_target(target)
+        tokens = encode(text, tokenizer, max_tokens)
+    result = perplexity(
+        loaded,
+        tokens,
+        sequence_length=sequence_length,
+        stride=stride,
+        progress=not as_json and sys.stderr.isatty(),
+    )
+    typer.echo(json.dumps(asdict(result), indent=2) if as_json else str(result))
+
+
+@app.command("passes", epilog=EXIT_CODES)
+def passes_command(as_json: Json = False) -> None:
+    """List the passes that a recipe can name, and their options."""
+    from zeroskip.pass_list import describe_passes, pass_table
+
+    if as_json:
+        typer.echo(json.dumps(describe_passes(), indent=2))
+        return
+    from rich.console import Console
+
+    Console().print(pass_table())
+
+
+def _overridden(
+    plan: Recipe,
+    samples: int | None,
+    sequence_length: int | None,
+    seed: int | None,
+    memory: str | None,
+) -> Recipe:
+    """The recipe with the options of the command line in it."""
+    from dataclasses import replace
+
+    given = {"samples": samples, "sequence_length": sequence_length, "seed": seed}
+    changed = {name: value for name, value in given.items() if value is not None}
+    calibration = replace(plan.calibration, **changed)
+    return replace(plan, calibration=calibration, memory=memory or plan.memory)
+
+
+def _calibration(path: Path, tokenizer: Any, plan: Recipe) -> list[dict[str, Any]]:
+    from zeroskip.calibration import calibration_from_text
+
+    return calibration_from_text(
+        path,
+        tokenizer,
+        samples=plan.calibration.samples,
+        sequence_length=plan.calibration.sequence_length,
+        seed=plan.calibration.seed,
+    )
+
+
+def _source(path: Path) -> Any:
+    """A directory is compiled from disk; a GGUF file has to be dequantised first."""
+    if (path / "config.json").is_file():
+        return path
+    from zeroskip.models import load_model
+
+    return load_model(path)[0]
+
+
+@contextmanager
+def _refusing_inputs() -> Iterator[None]:
+    """Ends the program with the exit code for unusable inputs."""
+    try:
+        yield
+    except CompileError as error:
+        _fail(error, REFUSED)
+
+
+def _fail(error: CompileError, code: int) -> NoReturn:
+    typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
+    typer.echo(str(error), err=True)
+    raise SystemExit(code) from None

@@ -1,0 +1,142 @@
+"""Models on disk: a Hugging Face directory or a GGUF file becomes a model and its tokenizer.
+
+Nothing is ever downloaded: a path that is not there is an error, never the name of a repository.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from zeroskip.ir.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(
+    path: str | Path, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a model in evaluation mode, and its tokenizer.
+
+    Args:
+        path: A directory as `save_pretrained` writes it, a GGUF file, or a directory with one.
+        dtype: The dtype of the weights; those of a GGUF file are dequantised into it.
+
+    Raises:
+        ArtifactError: Nothing there, or not loadable; says what is missing.
+    """
+    path = Path(path)
+    gguf = _gguf_file(path)
+    model = _load_gguf(gguf, dtype) if gguf else _load_directory(path, dtype)
+    return model.eval(), load_tokenizer(path)
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a Hugging Face directory or of a GGUF file."""
+    from transformers import AutoTokenizer
+
+    path = Path(path)
+    gguf = _gguf_file(path)
+    try:
+        if gguf:
+            return AutoTokenizer.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, local_files_only=True
+            )
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ArtifactError(
+            f"The tokenizer cannot be loaded: {error}",
+            where=str(path),
+            next_step="Save it there with `tokenizer.save_pretrained(directory)`.",
+        ) from error
+
+
+def _gguf_file(path: Path) -> Path | None:
+    """The GGUF file that `path` stands for, or None for a Hugging Face directory."""
+    if not path.exists():
+        raise ArtifactError(
+            "There is no model here.",
+            where=str(path),
+            next_step="Give a local Hugging Face directory or a GGUF file; nothing is downloaded.",
+        )
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ArtifactError(
+                "A model is a directory or a .gguf file, and this is neither.", where=str(path)
+            )
+        return _with_reader(path)
+    if (path / "config.json").is_file():
+        return None
+    files = sorted(path.glob("*.gguf"))
+    if len(files) != 1:
+        raise ArtifactError(
+            f"The directory has no config.json and {len(files)} GGUF files.",
+            where=str(path),
+            next_step="Give a directory that `save_pretrained` wrote, or name one GGUF file.",
+        )
+    return _with_reader(files[0])
+
+
+def _with_reader(path: Path) -> Path:
+    if importlib.util.find_spec("gguf") is None:
+        raise ArtifactError(
+            "A GGUF file needs the `gguf` package, which is not installed.",
+            where=str(path),
+            next_step="pip install 'zeroskip[gguf]'",
+        )
+    return path
+
+
+def _load_directory(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Loads the class that config.json names, so that encoders load as well as language models."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+        names = config.architectures or []
+        classes = [getattr(transformers, name, None) for name in names]
+        loader = next(filter(None, classes), transformers.AutoModelForCausalLM)
+        model: PreTrainedModel = loader.from_pretrained(path, dtype=dtype, local_files_only=True)
+        return model
+    # Whatever a file that is cut short makes transformers and safetensors raise (safetensors has an
+    # exception of its own, a direct child of Exception) is one problem here: not a checkpoint.
+    except Exception as error:
+        raise ArtifactError(
+            f"The checkpoint cannot be loaded: {error}",
+            where=str(path),
+            next_step="Check that config.json and all safetensors files are complete.",
+        ) from error
+
+
+def _load_gguf(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Dequantises a GGUF file into an ordinary model, one that `save_pretrained` can write.
+
+    `from_pretrained(gguf_file=...)` would leave a model that counts as quantised and refuses to be
+    saved, and wants accelerate. The configuration and the tensors are read one after the other
+    instead, so that nothing of the file's format is left on the model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        tensors = load_gguf_checkpoint(
+            str(path), return_tensors=True, model_to_load=model, torch_dtype=dtype
+        )["tensors"]
+        found = model.load_state_dict(tensors, strict=False)
+    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+        raise ArtifactError(f"The GGUF file cannot be loaded: {error}", where=str(path)) from error
+    model.tie_weights()
+    missing = set(found.missing_keys) - set(model.all_tied_weights_keys)
+    if missing or found.unexpected_keys:
+        raise ArtifactError(
+            f"The GGUF file lacks {sorted(missing)[:3]} and has {found.unexpected_keys[:3]} besides.",
+            where=str(path),
+            next_step="Check that transformers supports this architecture as GGUF.",
+        )
+    return model

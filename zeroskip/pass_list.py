@@ -1,0 +1,58 @@
+"""The passes as data and as a table: names, options, defaults, and one line of documentation."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import MISSING, Field
+from typing import TYPE_CHECKING, Any
+
+from zeroskip.passes import PASSES
+from zeroskip.recipe_options import options_of, plain
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def describe_passes() -> list[dict[str, Any]]:
+    """Returns one JSON-ready dict per pass, in the order of PASSES."""
+    return [
+        {
+            "name": name,
+            "summary": (inspect.getdoc(cls) or "").partition("\n")[0],
+            "scope": cls.scope,
+            "lossy": cls.lossy,
+            "options": [_option(*option) for option in options_of(cls).values()],
+        }
+        for name, cls in PASSES.items()
+    ]
+
+
+def pass_table() -> Table:
+    """Returns the same as a table for a terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("pass", "what it does", "options", show_lines=True)
+    for each in describe_passes():
+        options = "\n".join(
+            f"{option['name']}: {option['type']}"
+            + (" (required)" if option["required"] else f" = {option['default']!r}")
+            for option in each["options"]
+        )
+        changes = "\n(changes the numbers)" if each["lossy"] else ""
+        # Text, not strings: rich would take the brackets of a type for markup.
+        table.add_row(each["name"], Text(each["summary"] + changes), Text(options))
+    return table
+
+
+def _option(field: Field[Any], hint: Any) -> dict[str, Any]:
+    required = field.default is MISSING and field.default_factory is MISSING
+    default = None if required else field.default
+    if field.default_factory is not MISSING:
+        default = field.default_factory()
+    return {
+        "name": field.name,
+        "type": hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", ""),
+        "required": required,
+        "default": plain(default),
+    }

@@ -1,0 +1,120 @@
+"""The options of a dataclass as plain data: read by its field types, strictly, and written back."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, Field, fields
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
+
+from zeroskip.ir.errors import RecipeError
+from zeroskip.ir.patterns import SparsityPattern
+
+
+def options_of(cls: type[Any]) -> dict[str, tuple[Field[Any], Any]]:
+    """The options of a pass: field name -> (field, type of the value in a recipe)."""
+    hints = get_type_hints(cls)
+    return {field.name: (field, _written(hints[field.name])) for field in fields(cls) if field.init}
+
+
+def _written(hint: Any) -> Any:
+    """The type of an option in a recipe: a sparsity pattern is written as a string."""
+    if isinstance(hint, type) and issubclass(hint, SparsityPattern):
+        return str
+    if get_origin(hint) in (Union, UnionType):
+        return reduce(or_, (_written(member) for member in get_args(hint)))
+    return hint
+
+
+def read_options(
+    cls: type[Any], given: Mapping[Any, object], where: str, pass_name: str | None
+) -> dict[str, Any]:
+    """Checks `given` against the fields of a dataclass; returns the keyword arguments for it."""
+    known = options_of(cls)
+    for key in given:
+        check_known(key, known, "option", where, pass_name)
+    for name, (field, _) in known.items():
+        required = field.default is MISSING and field.default_factory is MISSING
+        if required and name not in given:
+            raise RecipeError(
+                f"The option `{name}` is missing, and it has no default.",
+                where=where,
+                pass_name=pass_name,
+            )
+    return {
+        key: read_value(known[key][1], value, key, where, pass_name) for key, value in given.items()
+    }
+
+
+def read_value(hint: Any, value: object, name: str, where: str, pass_name: str | None) -> Any:
+    """Reads one value as the type `hint`, by the rules of strict JSON: a list may be a tuple."""
+    try:
+        adapter: TypeAdapter[Any] = TypeAdapter(
+            hint, config=ConfigDict(arbitrary_types_allowed=True)
+        )
+        return adapter.validate_json(json.dumps(value), strict=True)
+    except PydanticSchemaGenerationError as error:
+        problem = f"The option `{name}` cannot be written in a recipe: its type is {hint}."
+        raise RecipeError(problem, where=where, pass_name=pass_name) from error
+    except (ValidationError, TypeError) as error:
+        reasons = (
+            sorted({detail["msg"].replace("array", "list") for detail in error.errors()})
+            if isinstance(error, ValidationError)
+            else [str(error)]
+        )
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        quote = number and any("string" in reason for reason in reasons)
+        raise RecipeError(
+            f"`{name}: {value}` has the wrong type: {'; '.join(reasons)}.",
+            where=f"{where}, option {name}",
+            pass_name=pass_name,
+            next_step=f'Put the value in quotes: `{name}: "{value}"`.' if quote else None,
+        ) from error
+
+
+def check_known(
+    name: object, known: Collection[str], kind: str, where: str, pass_name: str | None = None
+) -> None:
+    """Raises when a name does not exist, offering the nearest one that does."""
+    if isinstance(name, str) and name in known:
+        return
+    nearest = difflib.get_close_matches(str(name).replace("_", "-"), known, n=1)
+    nearest = nearest or difflib.get_close_matches(str(name).replace("-", "_"), known, n=1)
+    choices = ", ".join(f"`{each}`" for each in sorted(known)) or "none"
+    raise RecipeError(
+        f"Unknown {kind} `{name}`.",
+        where=where,
+        pass_name=pass_name,
+        next_step=f"Did you mean `{nearest[0]}`?" if nearest else f"There are: {choices}.",
+    )
+
+
+def plain(value: object) -> Any:
+    """An option's value as YAML data; a pattern is written the way it is read.
+
+    Raises:
+        TypeError: YAML has no word for it.
+    """
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, SparsityPattern):
+        return str(value)
+    if isinstance(value, Path):
+        return value.as_posix()
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    raise TypeError(f"a recipe cannot express a {type(value).__name__}")
+
+
+def kind_of(value: object) -> str:
+    if value == []:
+        return "an empty list"
+    names = {dict: "a mapping", list: "a list", str: "a string", type(None): "nothing"}
+    return names.get(type(value), f"`{value}`")
