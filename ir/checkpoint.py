@@ -85,7 +85,16 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     floating = [s.dtype for s in stored.values() if s.dtype.is_floating_point]
     dtype: Any = config.dtype or (floating or [torch.float32])[0]
     fake_mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    model = _skeleton(_model_class(config, directory), config, dtype, fake_mode)
+    model_class = _model_class(config, directory)
+    try:
+        model = _skeleton(model_class, config, dtype, fake_mode)
+    # Any constructor of transformers runs here: odd configs and missing extras end in any error.
+    except Exception as error:
+        raise ArtifactError(
+            f"{model_class.__name__} cannot be built without its weights: {error}",
+            where=str(directory / CONFIG),
+            next_step="if from_pretrained loads it, compile that live model instead",
+        ) from error
     if model.can_generate() and (generation := directory / GENERATION).exists():
         model.generation_config = transformers.GenerationConfig.from_dict(read_json(generation))
     sources, unused = sources_by_name(model, stored)
@@ -213,7 +222,7 @@ def _read_headers(directory: Path) -> dict[str, OnDisk]:
 
 def _read_header(path: Path) -> Iterator[tuple[str, OnDisk]]:
     try:
-        with safe_open(path, framework="pt") as shard:
+        with safe_open(path, framework="pt", backend="pread") as shard:
             header = [(key, shard.get_slice(key)) for key in shard.keys()]  # noqa: SIM118
             described = [(key, s.get_shape(), s.get_dtype()) for key, s in header]
     # safetensors raises its own SafetensorError, or OSError.
@@ -243,8 +252,7 @@ def _skeleton(
     build: Any = model_class._from_config
     with _fake_parameters(fake_mode):
         model: PreTrainedModel = build(config, dtype=dtype)
-        plan = model._get_dtype_plan(dtype)
-        if plan:
+        if plan := model._get_dtype_plan(dtype):
             # transformers keeps these in another precision than the rest, whatever the file says.
             kept, glob_of_group, _ = build_glob_alternation(list(plan))
             for name, parameter in list(model.named_parameters()):
@@ -252,6 +260,8 @@ def _skeleton(
                     owner, _, leaf = name.rpartition(".")
                     wanted = plan[glob_of_group[str(match.lastgroup)]]
                     setattr(model.get_submodule(owner), leaf, nn.Parameter(parameter.to(wanted)))
+    if computed := [name for name, b in model.named_buffers() if isinstance(b, FakeTensor)]:
+        raise ValueError(f"the buffer {computed[0]} is computed from them")
     model.train(False)
     return model
 
@@ -286,7 +296,7 @@ def _fill_buffers(model: PreTrainedModel, sources: dict[str, Source], directory:
     state = model.state_dict()
     buffers = {name: b for name, b in model.named_buffers() if name in state}
     lost = LoadStateDictInfo(buffers.keys() - sources.keys(), set(), set(), [], {}, set())
-    # transformers knows which buffers older checkpoints lack rightly.
+    # transformers knows which buffers an older checkpoint may lack.
     model._adjust_missing_and_unexpected_keys(lost)
     for name in sorted(lost.missing_keys):
         raise _missing(name, directory)
@@ -329,5 +339,6 @@ def _missing(name: str, directory: Path) -> ArtifactError:
     return ArtifactError(
         f"the checkpoint has no tensor for {name}",
         where=str(directory),
-        next_step=f"set architectures in {CONFIG} to the class that the weights were saved from",
+        next_step=f"set architectures in {CONFIG} to the class that the weights were saved from;"
+        " if from_pretrained computes it instead (sinusoids), compile that live model",
     )

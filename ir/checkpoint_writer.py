@@ -92,7 +92,10 @@ def _check_weights(model: PreTrainedModel, weights: Weights) -> None:
 def _state(model: PreTrainedModel, weights: Weights) -> dict[str, Source]:
     """Returns what `save_pretrained` saves, by name: persistent buffers too, ties once."""
     # transformers compares meta tensors by the parameter they stand for: ties are found by name.
-    state = {name: torch.empty_like(t, device="meta") for name, t in model.state_dict().items()}
+    state = {
+        name: torch.empty(t.shape, dtype=t.dtype, device="meta")
+        for name, t in model.state_dict().items()
+    }
     for name in model._keys_to_ignore_on_save or ():
         state.pop(name, None)
     first = {name: names[0] for _, names in parameter_names(model) for name in names}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -221,3 +222,60 @@ class SparseWeights(Fact):
 
     def merge(self, other: SparseWeights) -> SparseWeights:
         return SparseWeights({**self.masks, **other.masks})
+
+
+@dataclass(frozen=True)
+class Lowered(Fact):
+    """Which linears run as a sparse operator, and why the others do not.
+
+    Args:
+        operators: Operator by linear, such as `zeroskip::masked_linear`.
+        refusals: Reason by linear that was left as it is.
+    """
+
+    operators: Mapping[str, str] = field(default_factory=dict)
+    refusals: Mapping[str, str] = field(default_factory=dict)
+
+    def check(self, program: Program) -> str | None:
+        from zeroskip.ir.linears import find_linears
+
+        linears = {linear.name: linear for linear in find_linears(program)}
+        for name, operator in self.operators.items():
+            if name not in linears:
+                return f"{name} is said to be lowered and is not a linear"
+            for use in linears[name].uses:
+                schema = getattr(use.node.target, "_schema", None)
+                if schema is None or schema.name != operator:
+                    return f"{name} is said to run as {operator}, {use.node.name} does not"
+        return None
+
+    def restrict(self, linears: Iterable[str]) -> Lowered:
+        names = set(linears)
+        return Lowered(
+            {n: o for n, o in self.operators.items() if n in names},
+            {n: r for n, r in self.refusals.items() if n in names},
+        )
+
+    def merge(self, other: Lowered) -> Lowered:
+        return Lowered(
+            {**self.operators, **other.operators}, {**self.refusals, **other.refusals}
+        )
+
+
+def same_facts(
+    first: Mapping[type[Fact], Fact], second: Mapping[type[Fact], Fact]
+) -> bool:
+    """Whether two sets of facts claim the same, tensors compared by value."""
+    return first.keys() == second.keys() and all(_same(first[k], second[k]) for k in first)
+
+
+def _same(a: object, b: object) -> bool:
+    if a is b:
+        return True
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if dataclasses.is_dataclass(a) and type(a) is type(b):
+        return all(_same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
+    return a == b

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+import zeroskip.ir.ops  # noqa: F401  (registers zeroskip::masked_linear)
 from zeroskip.ir.dataflow import is_elementwise, is_movement
 from zeroskip.ir.errors import CompileError
 from zeroskip.ir.facts import Roles
@@ -117,6 +118,7 @@ _SPELLINGS: dict[Any, tuple[int, int, int | None, bool]] = {
     aten.mm.default: (0, 1, None, True),
     aten.matmul.default: (0, 1, None, True),
     aten.bmm.default: (0, 1, None, True),
+    torch.ops.zeroskip.masked_linear.default: (0, 1, 3, False),
 }
 _GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
 

@@ -17,7 +17,7 @@ import torch
 
 from zeroskip.ir.errors import PatternError
 
-Comparison = Literal["row", "matrix"]
+Comparison = Literal["row", "matrix", "global"]
 Remainder = Literal["refuse", "pad"]
 
 
@@ -59,11 +59,12 @@ class SparsityPattern(ABC):
 
 @dataclass(frozen=True)
 class Unstructured(SparsityPattern):
-    """Prunes floor(sparsity * n) weights of each row, or of the whole matrix.
+    """Prunes floor(sparsity * n) weights of each row, of each matrix, or of all matrices together.
 
     Args:
         sparsity: Share of weights to prune, in [0, 1).
-        comparison: What competes with what: `row` (each output on its own) or `matrix`.
+        comparison: What competes with what: `row` (each output on its own), `matrix`, or `global`
+            (all matrices; the pass that chooses such masks counts them, one mask has no bound).
     """
 
     sparsity: float
@@ -80,11 +81,15 @@ class Unstructured(SparsityPattern):
 
     def project(self, scores: torch.Tensor) -> torch.Tensor:
         self._check(scores)
+        if self.comparison == "global":
+            raise PatternError(f"{self} cannot be decided for one matrix alone")
         if self.comparison == "matrix":
             return keep_largest(scores.reshape(1, -1), self.sparsity).view(scores.shape)
         return keep_largest(scores, self.sparsity)
 
     def violation(self, keep: torch.Tensor) -> str | None:
+        if self.comparison == "global":
+            return None
         rows = keep.reshape(1, -1) if self.comparison == "matrix" else keep
         allowed = rows.shape[1] - pruned_count(self.sparsity, rows.shape[1])
         worst = int(rows.sum(1).max()) if rows.numel() else 0
@@ -203,9 +208,9 @@ def parse_pattern(text: str | float | SparsityPattern) -> SparsityPattern:
         return NM(int(found[1]), int(found[2]), "pad" if found[3] else "refuse")
     if found := re.fullmatch(r"block:(\d+)x(\d+):([\d.]+%?)", words):
         return Block(int(found[1]), int(found[2]), _share(found[3], words))
-    if found := re.fullmatch(r"(-?[\d.]+(?:e-?\d+)?%?)( row| matrix)?", words):
-        comparison: Comparison = "matrix" if found[2] == " matrix" else "row"
-        return Unstructured(_share(found[1], words), comparison)
+    if found := re.fullmatch(r"(-?[\d.]+(?:e-?\d+)?%?)( row| matrix| global)?", words):
+        comparisons: dict[str | None, Comparison] = {" matrix": "matrix", " global": "global"}
+        return Unstructured(_share(found[1], words), comparisons.get(found[2], "row"))
     raise PatternError(
         f"{text!r} is not a sparsity pattern",
         next_step='write "2:4" (keep 2 of 4), "50%", "0.5 matrix" or "block:16x16:0.5"',

@@ -1,1 +1,19 @@
-"""What may happen to a Program."""
+"""The passes, by name."""
+
+from zeroskip.passes.apply_masks import ApplyMasks
+from zeroskip.passes.base import Pass, PassResult
+from zeroskip.passes.eliminate_dead_code import EliminateDeadCode
+from zeroskip.passes.fold_constants import FoldConstants
+from zeroskip.passes.lower_masked import LowerMasked
+from zeroskip.passes.manager import DumpPrograms, Instrument, PassManager, PassRecord, PipelineResult
+from zeroskip.passes.observe import Observe
+from zeroskip.passes.prune_magnitude import PruneMagnitude
+from zeroskip.passes.prune_wanda import PruneWanda
+from zeroskip.passes.pruner import Pruner
+
+PASSES: dict[str, type[Pass]] = {
+    cls.name: cls for cls in (
+        Observe, PruneMagnitude, PruneWanda, ApplyMasks, LowerMasked, FoldConstants,
+        EliminateDeadCode,
+    )
+}

@@ -59,7 +59,7 @@ def under(step: Pass, folder: Path) -> Pass:
         if Path in (hints[field.name], *get_args(hints[field.name]))
         and getattr(step, field.name) is not None
     }
-    return replace(step, **moved) if moved else step  # type: ignore[arg-type]
+    return replace(step, **moved) if moved else step
 
 
 def relocated(value: Any, partial: Path, out: Path) -> Any:

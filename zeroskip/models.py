@@ -32,7 +32,8 @@ def load_model(
     path = Path(path)
     gguf = _gguf_file(path)
     model = _load_gguf(gguf, dtype) if gguf else _load_directory(path, dtype)
-    return model.eval(), load_tokenizer(path)
+    model.train(False)
+    return model, load_tokenizer(path)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -124,8 +125,10 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> PreTrainedModel:
 
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        tensors = load_gguf_checkpoint(
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=dtype
+        )
+        tensors = load_gguf_checkpoint(  # type: ignore[no-untyped-call]
             str(path), return_tensors=True, model_to_load=model, torch_dtype=dtype
         )["tensors"]
         found = model.load_state_dict(tensors, strict=False)

@@ -19,8 +19,9 @@ def describe_passes() -> list[dict[str, Any]]:
         {
             "name": name,
             "summary": (inspect.getdoc(cls) or "").partition("\n")[0],
-            "scope": cls.scope,
             "lossy": cls.lossy,
+            "requires": [fact.__name__ for fact in cls.requires],
+            "provides": [fact.__name__ for fact in cls.provides],
             "options": [_option(*option) for option in options_of(cls).values()],
         }
         for name, cls in PASSES.items()
@@ -32,7 +33,7 @@ def pass_table() -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("pass", "what it does", "options", show_lines=True)
+    table = Table("pass", "what it does", "requires", "options", show_lines=True)
     for each in describe_passes():
         options = "\n".join(
             f"{option['name']}: {option['type']}"
@@ -41,7 +42,8 @@ def pass_table() -> Table:
         )
         changes = "\n(changes the numbers)" if each["lossy"] else ""
         # Text, not strings: rich would take the brackets of a type for markup.
-        table.add_row(each["name"], Text(each["summary"] + changes), Text(options))
+        summary, requires = Text(each["summary"] + changes), "\n".join(each["requires"])
+        table.add_row(each["name"], summary, requires, Text(options))
     return table
 
 

@@ -142,7 +142,9 @@ def dump_recipe(recipe: Recipe | Iterable[Pass], *, defaults: bool = False) -> s
         document["calibration"] = asdict(recipe.calibration)
     if defaults or recipe.memory != Recipe.memory:
         document["memory"] = recipe.memory
-    text = yaml.dump(document, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=100)
+    text: str = yaml.dump(
+        document, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=100
+    )
     for step, again in zip(recipe.passes, loads_recipe(text).passes, strict=True):
         if _entry(again, defaults=True) != _entry(step, defaults=True):
             raise RecipeError(
@@ -160,16 +162,14 @@ _RECIPE_KEYS = frozenset({"passes", "calibration", "memory"})
 def _pass(entry: object, where: str) -> Pass:
     """One item of `passes`: a name, or a mapping from one name to its options."""
     if isinstance(entry, str):
-        name, given = entry, {}
-    elif isinstance(entry, Mapping) and len(entry) == 1:
-        name, given = next(iter(entry.items()))
-    else:
+        entry = {entry: None}
+    if not isinstance(entry, Mapping) or len(entry) != 1:
         raise RecipeError(
             f"A pass is `name` or `name: {{option: value}}`, not {kind_of(entry)}.", where=where
         )
+    name, given = next(iter(entry.items()))
     check_known(name, PASSES, "pass", where)
-    if given is None:
-        given = {}
+    given = {} if given is None else given
     if not isinstance(given, Mapping):
         raise RecipeError(
             f"The options of a pass are a mapping, not {kind_of(given)}.",

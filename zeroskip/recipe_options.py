@@ -25,11 +25,12 @@ def options_of(cls: type[Any]) -> dict[str, tuple[Field[Any], Any]]:
 
 
 def _written(hint: Any) -> Any:
-    """The type of an option in a recipe: a sparsity pattern is written as a string."""
+    """The type of an option in a recipe: a pattern, or what may be a string or a path, is a string."""
     if isinstance(hint, type) and issubclass(hint, SparsityPattern):
         return str
     if get_origin(hint) in (Union, UnionType):
-        return reduce(or_, (_written(member) for member in get_args(hint)))
+        members = [_written(member) for member in get_args(hint)]
+        return reduce(or_, (m for m in members if not (m is Path and str in members)))
     return hint
 
 

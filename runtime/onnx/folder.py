@@ -13,11 +13,13 @@ import onnx
 import onnx_ir
 from onnx import numpy_helper
 
-from zeroskip.ir.errors import ArtifactError, LoweringError
+from zeroskip.ir.errors import ArtifactError, CompileError, LoweringError
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 EXTERNAL_DATA_THRESHOLD = 1 << 30
+PROTOBUF_LIMIT = (1 << 31) - (1 << 24)
+"""Beyond 2 GiB no single file can be parsed; the margin is for the graph."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -104,7 +106,7 @@ def save_model(
     """
     tensors = [value.const_value for value in model.graph.initializers.values()]
     size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    external = size > external_data_threshold
+    external = size > min(external_data_threshold, PROTOBUF_LIMIT)
     if external and sparse_initializers:
         raise LoweringError(
             f"sparse initializers do not go together with external data ({size} bytes of weights)",
@@ -112,7 +114,14 @@ def save_model(
             next_step="raise external_data_threshold, or leave sparse_initializers off",
         )
     path = folder / MODEL_FILE
-    onnx_ir.save(model, path, external_data=DATA_FILE if external else None)
+    try:
+        onnx_ir.save(model, path, external_data=DATA_FILE if external else None)
+    except onnx_ir.serde.SerdeError as error:
+        # What a lazy tensor raises comes wrapped once for every level of the file.
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, (CompileError, OSError)):
+            cause = cause.__cause__
+        raise cause or error from None
     if sparse_initializers:
         _store_sparse(path)
     return sum(file.stat().st_size for file in folder.iterdir())

@@ -185,6 +185,8 @@ def _plain_distances(model: OnnxModel, reference: Reference, inputs: Inputs) -> 
 def _cache_distances(
     model: OnnxModel, reference: Reference, case: CacheCase, takes_positions: bool
 ) -> dict[str, float]:
+    if not model.has_cache:
+        raise ValueError("the file has no cache")
     length = case.past + case.sequence
     generator = torch.Generator().manual_seed(length)
     vocabulary = int(model.output_shapes["logits"][2])

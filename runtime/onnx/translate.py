@@ -8,7 +8,9 @@ graphs are widened first, because ONNX Runtime's CPU kernels do not cover them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir
@@ -29,6 +31,10 @@ from zeroskip.runtime.onnx.skeleton import NARROW, Skeleton, strip_data
 from zeroskip.runtime.onnx.transformers_patches import graph_fixes, onnx_patches, translations
 
 OPSET = 20
+NOISY = (
+    "torch.onnx._internal.exporter._registration",
+    "onnx_ir.passes.common.initializer_deduplication",
+)
 Translations = Mapping[Callable[..., Any], Callable[..., Any]]
 
 
@@ -108,7 +114,7 @@ def _standard_operators(
     table: Translations,
 ) -> onnx_ir.Model:
     """Exports, translates and optimizes; initializers of parameters come back without a value."""
-    with torch.no_grad(), onnx_patches():
+    with torch.no_grad(), onnx_patches(), _quiet():
         program = torch.export.export(
             skeleton.graph_module,
             (),
@@ -136,6 +142,19 @@ def _standard_operators(
                 value.const_value = None
         onnxscript.optimizer.optimize_ir(model)
     return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences warnings about what is intended here: no torchvision, initializers without data."""
+    saved = [(logger, logger.level) for logger in map(logging.getLogger, NOISY)]
+    try:
+        for logger, _ in saved:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in saved:
+            logger.setLevel(level)
 
 
 def _bind(model: onnx_ir.Model, weights: Mapping[str, torch.Tensor], masked: MaskedWeights) -> None:

@@ -1,76 +1,34 @@
-"""Makes the zoo importable whichever way pytest is started, and keeps torch on one thread."""
+"""Makes the shared modules importable whichever way pytest is started; exports each model once."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+if TYPE_CHECKING:
+    from onnx_models import Exported
 
-from zoo import ZOO
-
-from zeroskip.ir.capture import capture
-from zeroskip.ir.weights import Weights
-from zeroskip.runtime.onnx.export import OnnxArtifact, export_onnx
-
+# Tests are not a package: the zoo lies two folders up, what these tests share lies here.
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 torch.set_num_threads(1)
-
-
-@dataclass(frozen=True, eq=False)
-class Exported:
-    """A model of the zoo and what its export wrote."""
-
-    model: nn.Module
-    artifact: OnnxArtifact
-
-
-def parameters(model: nn.Module) -> Weights:
-    """Returns the parameters of a live model, tied ones once."""
-    return Weights({name: value.detach() for name, value in model.named_parameters()})
-
-
-def logits_of(model: nn.Module) -> Callable[[dict[str, torch.Tensor]], list[torch.Tensor]]:
-    """Returns the model without its cache, as a reference for `check_parity`."""
-
-    def reference(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        with torch.no_grad():
-            return [model(**inputs, use_cache=False).logits]
-
-    return reference
 
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
-    """Exports a model of the zoo, once per session."""
+    """Returns a function that exports a model of the zoo, once per session."""
+    export_entry = importlib.import_module("onnx_models").export_entry
     done: dict[str, Exported] = {}
 
     def export(name: str) -> Exported:
         if name not in done:
-            entry = ZOO[name]
-            model = entry.model()
-            target = tmp_path_factory.mktemp("onnx") / name
-            if entry.kind == "causal-lm":
-                artifact = export_onnx(
-                    target, weights=parameters(model), reference=logits_of(model), model=model
-                )
-            else:
-                program = capture(model, entry.inputs())
-                artifact = export_onnx(
-                    target,
-                    weights=program.weights,
-                    reference=lambda inputs: list(program.run(inputs).values()),
-                    model=model,
-                    graph_module=program.graph_module,
-                    example_inputs=program.example_inputs,
-                    output_names=program.outputs,
-                )
-            done[name] = Exported(model, artifact)
+            done[name] = export_entry(name, tmp_path_factory.mktemp("onnx") / name)
         return done[name]
 
     return export
@@ -79,18 +37,5 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
 @pytest.fixture(scope="session")
 def small_llama() -> nn.Module:
     """One layer, so that a test that exports its own file stays fast."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=48,
-        vocab_size=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=[2, 3],
-    )
-    return LlamaForCausalLM(config).eval()
+    model: nn.Module = importlib.import_module("onnx_models").small_llama()
+    return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from conftest import Exported, logits_of, parameters
+from onnx_models import Exported, logits_of, parameters
 from torch import nn
 from zoo import ZOO
 
@@ -50,24 +51,134 @@ def test_every_architecture_is_exported_and_agrees(
 def _check_generation(result: Exported) -> None:
     """Greedy tokens of eager, of our own session and of onnxruntime-genai are the same."""
     prompt = ZOO["llama"].inputs(2, 7)["input_ids"]
-    mask = torch.ones_like(prompt)
-    # Every token counts: neither side may stop at an end-of-sequence token.
+    # Every token counts, so no side may stop at an end-of-sequence token.
     expected = result.model.generate(  # type: ignore[operator]
-        prompt, attention_mask=mask, max_new_tokens=20, do_sample=False, eos_token_id=None
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=20,
+        do_sample=False,
+        eos_token_id=None,
     )
-    assert torch.equal(OnnxModel(result.artifact.path).generate(prompt, 20), expected)
+    folder = result.artifact.path
+    assert torch.equal(OnnxModel(folder, threads=1).generate(prompt, 20), expected)
     genai = pytest.importorskip("onnxruntime_genai")
-    config = json.loads((result.artifact.path / "genai_config.json").read_text())
-    model_config = genai.Config(str(result.artifact.path))
-    model_config.overlay(json.dumps({"model": {"eos_token_id": config["model"]["vocab_size"] - 1}}))
-    parameters = genai.GeneratorParams(genai.Model(model_config))
-    del parameters
-    model = genai.Model(str(result.artifact.path))
-    options = genai.GeneratorParams(model)
-    options.set_search_options(batch_size=2, max_length=27, min_length=27)
-    generator = genai.Generator(model, options)
+    config = genai.Config(str(folder))
+    config.overlay(json.dumps({"model": {"eos_token_id": 159}}))
+    client = genai.Model(config)
+    options = genai.GeneratorParams(client)
+    options.set_search_options(batch_size=2, max_length=27)
+    generator = genai.Generator(client, options)
     generator.append_tokens(prompt.numpy().astype("int32"))
     while not generator.is_done():
         generator.generate_next_token()
     rows = [torch.as_tensor(generator.get_sequence(row)) for row in range(2)]
     assert torch.equal(torch.stack(rows).long(), expected)
+
+
+def test_export_writes_what_clients_read(small_llama: nn.Module, tmp_path: Path) -> None:
+    tokenizer = tmp_path / "checkpoint"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_text("{}")
+    artifact = export_onnx(
+        tmp_path / "out",
+        weights=parameters(small_llama),
+        reference=logits_of(small_llama),
+        model=small_llama,
+        tokenizer_source=tokenizer,
+    )
+    assert {file.name for file in artifact.path.iterdir()} == {
+        "model.onnx",
+        "config.json",
+        "generation_config.json",
+        "genai_config.json",
+        "tokenizer.json",
+        PARITY_FILE,
+    }
+    config = json.loads((artifact.path / "genai_config.json").read_text())["model"]
+    assert config["eos_token_id"] == [2, 3]
+    assert config["decoder"]["num_key_value_heads"] == 2
+    record = json.loads((artifact.path / PARITY_FILE).read_text())
+    assert artifact.parity is not None
+    assert record["worst"] == artifact.parity.worst
+    assert b"site-packages" not in (artifact.path / "model.onnx").read_bytes()
+
+
+def test_a_wrong_weight_is_noticed_and_nothing_is_left(
+    small_llama: nn.Module, tmp_path: Path
+) -> None:
+    weights = parameters(small_llama)
+    name = "model.layers.0.mlp.down_proj.weight"
+    corrupted = weights[name].clone()
+    corrupted[0, 0] += 1.0
+    with pytest.raises(ParityError, match=r"'logits' differs by .* CacheCase") as caught:
+        export_onnx(
+            tmp_path / "out",
+            weights=weights.replace({name: corrupted}),
+            reference=logits_of(small_llama),
+            model=small_llama,
+        )
+    assert caught.value.next_step
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bfloat16_is_exported_as_float32(small_llama: nn.Module, tmp_path: Path) -> None:
+    # The widened weights are exact, so float32 from the narrow weights is the reference.
+    narrow = copy.deepcopy(small_llama).to(torch.bfloat16)
+    wide = copy.deepcopy(narrow).float()
+    # Converting the module has rounded this buffer too, which loading in bfloat16 would not.
+    for module in (narrow, wide):
+        module.model.rotary_emb.inv_freq = small_llama.model.rotary_emb.inv_freq
+    artifact = export_onnx(
+        tmp_path / "out", weights=parameters(narrow), reference=logits_of(wide), model=narrow
+    )
+    graph = onnx.load(artifact.path / "model.onnx").graph
+    types = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.output)}
+    assert types["past_key_values.0.key"] == types["logits"] == onnx.TensorProto.FLOAT
+    assert artifact.parity is not None
+    assert artifact.parity.worst <= LIMIT
+
+
+def test_sliding_window_holds_beyond_the_window(tmp_path: Path) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        vocab_size=64,
+        sliding_window=4,
+    )
+    model = MistralForCausalLM(config).eval()
+    artifact = export_onnx(
+        tmp_path / "out", weights=parameters(model), reference=logits_of(model), model=model
+    )
+    assert artifact.parity is not None
+    assert artifact.parity.worst <= LIMIT
+
+
+def test_cache_form_is_refused_without_a_causal_model(tmp_path: Path) -> None:
+    with pytest.raises(LoweringError, match="needs the model itself"):
+        export_onnx(tmp_path / "a", weights=Weights({}), reference=None, form="cache")
+    with pytest.raises(LoweringError, match="takes no input_ids"):
+        export_onnx(
+            tmp_path / "b",
+            weights=Weights({}),
+            reference=None,
+            model=ZOO["mlp"].model(),
+            form="cache",
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plain_form_is_refused_without_a_graph(tmp_path: Path) -> None:
+    with pytest.raises(LoweringError, match="needs a captured graph"):
+        export_onnx(tmp_path / "out", weights=Weights({}), reference=None, model=ZOO["mlp"].model())
+
+
+def test_an_export_does_not_overwrite(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("")
+    with pytest.raises(ArtifactError, match="already holds something"):
+        export_onnx(tmp_path, weights=Weights({}), reference=None)

@@ -1,0 +1,60 @@
+"""apply-masks: set to zero what the masks do not keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zeroskip.ir.facts import Masks, SparseWeights, Statistics
+from zeroskip.ir.linears import find_linears, masked_sources
+from zeroskip.ir.program import Program
+from zeroskip.passes.base import Pass, Scope
+
+
+@dataclass(frozen=True)
+class ApplyMasks(Pass):
+    """Makes the decision of a pruner true: W becomes W where the mask is set, and zero elsewhere.
+
+    The kept weights stay bit for bit what they were. The zeros are held as a mask over the old
+    weight until someone asks for the tensor, so that this costs 1/32 of the weights' memory.
+    Statistics are dropped: what comes out of a pruned linear is no longer what was observed.
+
+    Before::
+
+        %2 = linear(%1, @fc.weight, @fc.bias) : f32[s0, 8]
+        fact Masks
+
+    After::
+
+        %2 = linear(%1, @fc.weight, @fc.bias) : f32[s0, 8]
+        fact Masks
+        fact SparseWeights
+    """
+
+    name = "apply-masks"
+    requires = (Masks,)
+    provides = (SparseWeights,)
+    invalidates = (Statistics,)
+    lossy = True
+
+    @property
+    def scope(self) -> Scope:
+        return "block"
+
+    def targets(self, program: Program) -> frozenset[str] | None:
+        known = program.facts.get(Masks, Masks())
+        assert isinstance(known, Masks)
+        return frozenset(known.masks)
+
+    def run(self, program: Program) -> Program:
+        masks = program.fact(Masks).masks
+        keeps = {}
+        for linear in find_linears(program):
+            if linear.name in masks:
+                keep = masks[linear.name].keep()
+                if linear.weight(program).masked_fill(keep, 0).any():
+                    keeps[linear.name] = keep
+        if keeps:
+            program = program.with_weights(masked_sources(program, keeps))
+        known = program.facts.get(SparseWeights, SparseWeights())
+        assert isinstance(known, SparseWeights)
+        return program.with_fact(known.merge(SparseWeights(masks)))

@@ -1,0 +1,64 @@
+"""prune-wanda: keep the weights that meet large activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from zeroskip.ir.errors import PatternError, RequirementError
+from zeroskip.ir.facts import Statistics
+from zeroskip.ir.linears import Linear
+from zeroskip.ir.patterns import Unstructured, parse_pattern
+from zeroskip.ir.program import Program
+from zeroskip.passes.pruner import Pruner
+
+
+@dataclass(frozen=True)
+class PruneWanda(Pruner):
+    """Scores a weight by its magnitude times the size of its input channel.
+
+    S_ij = |W_ij| * sqrt(E[x_j^2]), compared within each output row, each group of N:M, or each
+    block sum. No weight changes: the masks are put into the facts.
+
+    Refuses a weight that holds NaN or inf, a linear without statistics, and comparison across
+    linears (activations of different layers are not of one scale).
+
+    Before::
+
+        %2 = linear(%1, @fc.weight, @fc.bias) : f32[s0, 8]
+        fact Statistics
+
+    After::
+
+        %2 = linear(%1, @fc.weight, @fc.bias) : f32[s0, 8]
+        fact Masks
+        fact Statistics
+
+    Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models",
+    arXiv 2306.11695, eq. 1 and section 3.
+    """
+
+    name = "prune-wanda"
+    requires = (Statistics,)
+
+    def check(self, program: Program) -> None:
+        pattern = parse_pattern(self.pattern)
+        if isinstance(pattern, Unstructured) and pattern.comparison == "global":
+            raise PatternError(
+                "Wanda scores of different linears are not comparable",
+                pass_name=self.name,
+                next_step='use "50%" (per row) or "50% matrix"',
+            )
+        super().check(program)
+
+    def scores(self, program: Program, linear: Linear, weight: torch.Tensor) -> torch.Tensor:
+        edge = program.fact(Statistics).edges.get(linear.name)
+        if edge is None:
+            raise RequirementError(
+                "there are no calibration statistics for this linear",
+                where=linear.name,
+                pass_name=self.name,
+                next_step="give Observe the same include and exclude as the pruner",
+            )
+        return weight.abs() * edge.root_mean_square()

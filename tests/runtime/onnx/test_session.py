@@ -1,0 +1,96 @@
+"""Opening and running an exported folder, and what is said when that is not possible."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from onnx_models import logits_of, parameters
+from torch import nn
+
+from zeroskip.ir.errors import ArtifactError
+from zeroskip.runtime.onnx.export import export_onnx
+from zeroskip.runtime.onnx.session import OnnxModel, positions
+
+
+@pytest.fixture(scope="module")
+def folder(small_llama: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("session") / "llama"
+    return export_onnx(
+        target,
+        weights=parameters(small_llama),
+        reference=logits_of(small_llama),
+        model=small_llama,
+        external_data_threshold=1000,
+    ).path
+
+
+def test_generation_equals_eager_with_left_padding(folder: Path, small_llama: nn.Module) -> None:
+    ids = torch.randint(4, 64, (2, 6), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    ids[0, :2], mask[0, :2] = 0, 0
+    expected = small_llama.generate(  # type: ignore[operator]
+        ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=[2, 3]
+    )
+    found = OnnxModel(folder, threads=1).generate(
+        ids, 12, attention_mask=mask, eos_token_id=[2, 3], pad_token_id=0
+    )
+    assert torch.equal(found, expected)
+
+
+def test_generation_ends_at_any_end_token(folder: Path) -> None:
+    model = OnnxModel(folder, threads=1)
+    free = model.generate(torch.tensor([[5, 6, 7], [8, 9, 10]]), 8)
+    first = int(free[0, 3])
+    stopped = model.generate(
+        torch.tensor([[5, 6, 7], [8, 9, 10]]), 8, eos_token_id=first, pad_token_id=0
+    )
+    assert stopped[0, 3] == first
+    assert (stopped[0, 4:] == 0).all()
+
+
+def test_a_mask_of_ones_and_an_empty_past_are_the_defaults(folder: Path) -> None:
+    model = OnnxModel(folder, threads=1)
+    ids = torch.tensor([[5, 6, 7]])
+    step = model.logits(ids)
+    again = model.logits(ids, torch.ones_like(ids), model.empty_past(1))
+    assert torch.equal(step.logits, again.logits)
+    assert step.past[0].shape[2] == 3
+
+
+def test_positions_skip_padding() -> None:
+    assert positions(torch.tensor([[0, 0, 1, 1]])).tolist() == [[0, 0, 0, 1]]
+
+
+def test_missing_and_unknown_inputs_are_named(folder: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"missing inputs: \['attention_mask'.*\['tokens'\]"):
+        OnnxModel(folder).run({"input_ids": torch.ones(1, 1), "tokens": torch.ones(1)})
+
+
+def test_inputs_of_a_wrong_shape_are_named(folder: Path) -> None:
+    model = OnnxModel(folder)
+    past = tuple(torch.zeros(1, 7, 0, 8) for _ in model.empty_past(1))
+    with pytest.raises(ArtifactError, match="cannot run the model on"):
+        model.logits(torch.ones(1, 1, dtype=torch.long), past=past)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"no model\.onnx here"):
+        OnnxModel(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
+def test_a_truncated_file_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
+    for file in folder.iterdir():
+        data = file.read_bytes()
+        (tmp_path / file.name).write_bytes(data[: len(data) // 2] if file.name == name else data)
+    with pytest.raises(ArtifactError, match="cannot load") as caught:
+        OnnxModel(tmp_path)
+    assert "truncated" in str(caught.value.next_step)
+
+
+def test_a_missing_data_file_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes((folder / "model.onnx").read_bytes())
+    with pytest.raises(ArtifactError, match="cannot load"):
+        OnnxModel(tmp_path)
