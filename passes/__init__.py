@@ -3,6 +3,7 @@
 from zeroskip.passes.apply_masks import ApplyMasks
 from zeroskip.passes.base import Pass, PassResult
 from zeroskip.passes.eliminate_dead_code import EliminateDeadCode
+from zeroskip.passes.export_onnx import ExportOnnx
 from zeroskip.passes.fold_constants import FoldConstants
 from zeroskip.passes.lower_masked import LowerMasked
 from zeroskip.passes.manager import DumpPrograms, Instrument, PassManager, PassRecord, PipelineResult
@@ -14,6 +15,6 @@ from zeroskip.passes.pruner import Pruner
 PASSES: dict[str, type[Pass]] = {
     cls.name: cls for cls in (
         Observe, PruneMagnitude, PruneWanda, ApplyMasks, LowerMasked, FoldConstants,
-        EliminateDeadCode,
+        EliminateDeadCode, ExportOnnx,
     )
 }

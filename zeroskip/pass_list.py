@@ -18,7 +18,7 @@ def describe_passes() -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "summary": (inspect.getdoc(cls) or "").partition("\n")[0],
+            "summary": _first_sentence(inspect.getdoc(cls) or ""),
             "lossy": cls.lossy,
             "requires": [fact.__name__ for fact in cls.requires],
             "provides": [fact.__name__ for fact in cls.provides],
@@ -33,7 +33,9 @@ def pass_table() -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("pass", "what it does", "requires", "options", show_lines=True)
+    table = Table(show_lines=True)
+    for heading in ("pass", "what it does", "requires", "options"):
+        table.add_column(heading, no_wrap=heading == "pass")
     for each in describe_passes():
         options = "\n".join(
             f"{option['name']}: {option['type']}"
@@ -45,6 +47,11 @@ def pass_table() -> Table:
         summary, requires = Text(each["summary"] + changes), "\n".join(each["requires"])
         table.add_row(each["name"], summary, requires, Text(options))
     return table
+
+
+def _first_sentence(documentation: str) -> str:
+    paragraph = " ".join(documentation.partition("\n\n")[0].split())
+    return paragraph.partition(". ")[0].rstrip(".") + "."
 
 
 def _option(field: Field[Any], hint: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from zeroskip.runtime.onnx.cache_graph import CacheGeometry
+from zeroskip.runtime.onnx.cache_geometry import CacheGeometry
 from zeroskip.runtime.onnx.folder import MODEL_FILE
 
 MODEL_TYPE = "decoder"

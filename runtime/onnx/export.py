@@ -1,6 +1,6 @@
 """The front of the ONNX export: capture or take a graph, translate, write, compare, and only then show.
 
-Nothing appears at the target unless ONNX Runtime has loaded the file and computed the same.
+Where there is a reference, nothing appears at the target unless ONNX Runtime computed the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import nn
 
 from zeroskip.ir.errors import LoweringError
 from zeroskip.runtime.onnx.axes import cache_axes
-from zeroskip.runtime.onnx.cache_graph import CacheGeometry, capture_with_cache, is_causal_lm
+from zeroskip.runtime.onnx.cache_geometry import CacheGeometry, is_causal_lm
+from zeroskip.runtime.onnx.cache_graph import capture_with_cache
 from zeroskip.runtime.onnx.client_config import genai_config
 from zeroskip.runtime.onnx.folder import (
     EXTERNAL_DATA_THRESHOLD,
@@ -87,7 +88,7 @@ def export_onnx(
     parity_limit: float = LIMIT,
     reference_takes_positions: bool = False,
 ) -> OnnxArtifact:
-    """Writes a folder with an ONNX model that ONNX Runtime has been seen to run correctly.
+    """Writes a folder with an ONNX model, and compares it with the reference before it appears.
 
     The weights are float32 in the file; a narrower reference needs a wider `parity_limit`.
 
@@ -95,7 +96,7 @@ def export_onnx(
         directory: Where to; must not exist or be empty.
         weights: Parameter name to tensor, read one at a time while the file is written.
         reference: Computes the expected outputs from named inputs; see `check_parity`. None skips
-            the comparison.
+            the comparison, and with it the memory that opening the file takes.
         model: The causal language model to capture with its cache; in the plain form only its
             configuration is used.
         graph_module: The captured graph of the plain form, called with keywords.
@@ -157,9 +158,10 @@ def export_onnx(
         _write_configuration(folder, model, geometry, translated)
         if tokenizer_source is not None:
             copy_tokenizer(tokenizer_source, folder)
-        opened = OnnxModel(folder)
         parity = None
+        # Without a reference the file stays closed: running a model takes more memory than writing it.
         if reference is not None:
+            opened = OnnxModel(folder)
             cases = parity_cases
             if cases is None:
                 cases = CACHE_CASES if geometry else plain_cases(opened, example_inputs or {})
@@ -171,7 +173,8 @@ def export_onnx(
                 reference_takes_positions=reference_takes_positions,
             )
             (folder / PARITY_FILE).write_text(parity.to_json())
-        inputs, outputs = opened.inputs, opened.outputs
+        inputs = tuple(str(value.name) for value in translated.graph.inputs)
+        outputs = tuple(str(value.name) for value in translated.graph.outputs)
     return OnnxArtifact(Path(directory), chosen, inputs, outputs, opset, size, parity)
 
 
@@ -228,8 +231,9 @@ def _write_configuration(
     config = getattr(model, "config", None)
     generation_config = getattr(model, "generation_config", None)
     for value in (config, generation_config):
-        if hasattr(value, "save_pretrained"):
-            value.save_pretrained(folder)
+        save = getattr(value, "save_pretrained", None)
+        if save is not None:
+            save(folder)
     if geometry is None or config is None:
         return
     names = [str(value.name) for value in translated.graph.inputs]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -56,8 +56,8 @@ def strip_data(
 
     graph: torch.fx.Graph = torch.fx.Graph(tracer_cls=graph_module.graph._tracer_cls)
     output = graph.graph_copy(graph_module.graph, val_map={}, return_output_node=True)
-    assert output is not None
-    graph.output(output[0])
+    values, _ = cast("tuple[Any, torch.fx.Node]", output)
+    graph.output(values)
     graph._codegen = graph_module.graph._codegen
     bound = _bound_names(graph_module, weights)
     attributes: dict[str, Any] = {}

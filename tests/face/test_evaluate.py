@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from zeroskip.compile import compile_sparse
 from zeroskip.evaluate import perplexity, windows
+from zeroskip.passes import ApplyMasks, PruneMagnitude
 from zeroskip.targets import EvaluationError
 
 IDS = torch.randint(256, (301,), generator=torch.Generator().manual_seed(3))
@@ -119,6 +121,15 @@ def test_other_targets(model: LlamaForCausalLM) -> None:
     for target in targets:
         result = perplexity(target, IDS, sequence_length=64)
         assert result.negative_log_likelihood == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_compiled_model(model: LlamaForCausalLM) -> None:
+    compiled = compile_sparse(model, [PruneMagnitude("2:4"), ApplyMasks()])
+    of_program = perplexity(compiled, IDS, sequence_length=64, batch_size=2)
+    of_model = perplexity(model, IDS, sequence_length=64)
+    assert of_program.negative_log_likelihood == pytest.approx(
+        of_model.negative_log_likelihood, abs=1e-5
+    )
 
 
 def test_the_mode_of_the_model_is_put_back(model: LlamaForCausalLM) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import ZOO
 
@@ -75,3 +78,16 @@ def small_llama() -> nn.Module:
         eos_token_id=[2, 3],
     )
     return LlamaForCausalLM(config).eval()
+
+
+def without_data(model: nn.Module) -> nn.Module:
+    """Returns a copy whose parameters are FakeTensors on the CPU; buffers stay."""
+    skeleton = copy.deepcopy(model)
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    for module in skeleton.modules():
+        for name, value in module._parameters.items():
+            if value is not None:
+                with mode:
+                    empty = torch.empty(value.shape, dtype=value.dtype)
+                module._parameters[name] = nn.Parameter(empty, requires_grad=False)
+    return skeleton

@@ -7,18 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from onnx_models import without_data
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from zoo import ZOO
 
 from zeroskip.ir.errors import LoweringError
-from zeroskip.runtime.onnx.cache_graph import (
-    LayerShape,
-    capture_with_cache,
-    is_causal_lm,
-    read_geometry,
-)
+from zeroskip.runtime.onnx.cache_geometry import LayerShape, is_causal_lm, read_geometry
+from zeroskip.runtime.onnx.cache_graph import capture_with_cache
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -69,19 +64,6 @@ def test_a_skeleton_is_captured_like_a_live_model(small_llama: nn.Module) -> Non
     assert [n.target for n in captured.graph_module.graph.nodes] == [
         n.target for n in live.graph_module.graph.nodes
     ]
-
-
-def without_data(model: nn.Module) -> nn.Module:
-    """Returns a copy whose parameters are FakeTensors on the CPU; buffers stay."""
-    skeleton = copy.deepcopy(model)
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    for module in skeleton.modules():
-        for name, value in module._parameters.items():
-            if value is not None:
-                with mode:
-                    empty = torch.empty(value.shape, dtype=value.dtype)
-                module._parameters[name] = nn.Parameter(empty, requires_grad=False)
-    return skeleton
 
 
 class _Explodes(nn.Module):

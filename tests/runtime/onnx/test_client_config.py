@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import GenerationConfig, LlamaConfig
 
-from zeroskip.runtime.onnx.cache_graph import CacheGeometry, LayerShape
+from zeroskip.runtime.onnx.cache_geometry import CacheGeometry, LayerShape
 from zeroskip.runtime.onnx.client_config import genai_config
 
 EQUAL = LayerShape((2, 16), (2, 16))

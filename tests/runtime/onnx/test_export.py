@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from onnx_models import Exported, logits_of, parameters
+from onnx_models import Exported, logits_of, parameters, without_data
 from torch import nn
 from zoo import ZOO
 
@@ -182,3 +182,32 @@ def test_an_export_does_not_overwrite(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("")
     with pytest.raises(ArtifactError, match="already holds something"):
         export_onnx(tmp_path, weights=Weights({}), reference=None)
+
+
+def test_an_edit_is_applied_before_translation(small_llama: nn.Module, tmp_path: Path) -> None:
+    def break_it(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+        for node in graph_module.graph.find_nodes(
+            op="call_function", target=torch.ops.aten.silu.default
+        ):
+            node.target = torch.ops.aten.relu.default
+        graph_module.recompile()
+        return graph_module
+
+    with pytest.raises(ParityError, match="'logits' differs"):
+        export_onnx(
+            tmp_path / "out",
+            weights=parameters(small_llama),
+            reference=logits_of(small_llama),
+            model=small_llama,
+            edit=break_it,
+        )
+
+
+def test_a_skeleton_is_exported_to_the_same_bytes(small_llama: nn.Module, tmp_path: Path) -> None:
+    weights = parameters(small_llama)
+    files = []
+    for number, model in enumerate((small_llama, without_data(small_llama))):
+        artifact = export_onnx(tmp_path / str(number), weights=weights, reference=None, model=model)
+        assert artifact.parity is None
+        files.append((artifact.path / "model.onnx").read_bytes())
+    assert files[0] == files[1]

@@ -13,6 +13,7 @@ import torch
 from onnx_models import parameters
 from torch import nn
 
+import zeroskip.ir.ops  # noqa: F401  (registers masked_linear)
 from zeroskip.ir.errors import LoweringError
 from zeroskip.ir.weights import Weights, pack_bits
 from zeroskip.runtime.onnx import transformers_patches
@@ -20,29 +21,6 @@ from zeroskip.runtime.onnx.folder import save_model
 from zeroskip.runtime.onnx.masked_linear import masked_linear_operator
 from zeroskip.runtime.onnx.session import OnnxModel
 from zeroskip.runtime.onnx.translate import translate
-
-try:
-    import zeroskip.ir.ops  # noqa: F401
-except ImportError:
-    # The operator as the compiler defines it, for as long as it does not.
-    @torch.library.custom_op("zeroskip::masked_linear", mutates_args=())
-    def _masked_linear(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        mask_bits: torch.Tensor,
-        bias: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return nn.functional.linear(x, weight, bias)
-
-    @_masked_linear.register_fake
-    def _(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        mask_bits: torch.Tensor,
-        bias: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return x.new_empty(*x.shape[:-1], weight.shape[0])
-
 
 X = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))
 AXES = {"input": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}}

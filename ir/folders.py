@@ -1,0 +1,74 @@
+"""Folders that appear complete or not at all: everything is written beside them, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from zeroskip.ir.errors import ArtifactError
+
+
+def check_target(target: Path) -> None:
+    """Checks that a folder could be written, before the work that fills it.
+
+    Raises:
+        ArtifactError: The target holds something, or the folder above it cannot be written.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ArtifactError(
+            "the target already holds something",
+            where=str(target),
+            next_step="remove it, or choose another folder; nothing is overwritten",
+        )
+    above = target.absolute().parent
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ArtifactError(
+            "the folder cannot be written",
+            where=str(above),
+            next_step="choose a folder that you may write to",
+        )
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yields an empty folder that becomes `target` when the block ends, and vanishes if it raises.
+
+    Args:
+        target: Must not exist, or be an empty folder. Missing parents are created.
+
+    Raises:
+        ArtifactError: The target holds something, or it cannot be written.
+    """
+    target = target.absolute()
+    check_target(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A sibling, so that the rename stays within one file system.
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    except OSError as error:
+        raise ArtifactError(
+            f"the folder cannot be written: {error}",
+            where=str(target.parent),
+            next_step="choose a folder that you may write to",
+        ) from error
+    try:
+        yield partial
+        # mkdtemp makes it private; the user's umask decides about what was asked for.
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o777 & ~umask)
+        partial.replace(target)  # Replaces an empty folder, refuses one that was filled since.
+    except OSError as error:
+        raise ArtifactError(
+            f"the folder cannot be completed: {error}",
+            where=str(target),
+            next_step="free space or permissions there and try again; nothing was left behind",
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

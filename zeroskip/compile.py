@@ -1,0 +1,148 @@
+"""compile_sparse: from a model and a list of passes to a compiled model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zeroskip.batches import check_batches, default_inputs, example_from, read_batches
+from zeroskip.ir.capture import capture
+from zeroskip.ir.checkpoint import open_checkpoint
+from zeroskip.ir.checkpoint_writer import save_checkpoint
+from zeroskip.ir.errors import CaptureError, CompileError
+from zeroskip.ir.program import Batch, Program
+from zeroskip.passes import Instrument, Pass, PassManager
+from zeroskip.passes.base import measure_drift
+from zeroskip.progress import ProgressBar
+from zeroskip.report import Report, make_report
+
+
+@dataclass(frozen=True)
+class CompiledModel:
+    """What `compile_sparse` returns.
+
+    Args:
+        model: The user's own module, which now holds the compiled weights; None when it was
+            compiled from a checkpoint directory.
+        program: The compiled Program; it may hold lowered operators.
+        report: What each pass did, and the state of each linear; print it.
+    """
+
+    model: torch.nn.Module | None
+    program: Program
+    report: Report
+
+    def __call__(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Runs the compiled Program; returns its outputs by name."""
+        return self.program.run(inputs)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes a plain Hugging Face checkpoint, zeros included, that transformers reloads.
+
+        Raises:
+            ArtifactError: The directory is not empty, or cannot be written.
+            CompileError: The model is not a Hugging Face model.
+        """
+        module = self.program.model
+        if not hasattr(module, "save_pretrained"):
+            raise CompileError(
+                "the model is not a Hugging Face model",
+                where=type(module).__name__,
+                next_step="save compiled.model.state_dict() with safetensors instead",
+            )
+        assert module is not None
+        save_checkpoint(_source_directory(module), self.program.weights, module, Path(directory))
+
+
+def compile_sparse(
+    model: torch.nn.Module | str | Path,
+    passes: Sequence[Pass],
+    *,
+    example_inputs: Batch | None = None,
+    calibration: Iterable[Batch | torch.Tensor] | None = None,
+    memory: str | int = "4GiB",
+    instruments: Sequence[Instrument] = (),
+    progress: bool = False,
+    dynamic_shapes: Mapping[str, Any] | None = None,
+) -> CompiledModel:
+    """Compiles a model by a list of passes.
+
+    The model is captured as a Program, the passes run on it, and when all of them have succeeded
+    the new weights are written into the model. If anything fails the model is as it was.
+
+    Args:
+        model: A module in evaluation mode, or a Hugging Face checkpoint directory, whose weights
+            then stay on disk.
+        passes: In the order in which they run.
+        example_inputs: Keyword arguments of `forward`, batch and sequence of at least 2. By default
+            a few rows of the calibration data, or, for a Hugging Face model, made up.
+        calibration: Batches for observers: mappings like `example_inputs`, or tensors of token ids.
+        memory: Budget for activations in memory during calibration; what goes beyond is on disk.
+        instruments: Watchers, such as `DumpPrograms(folder)`.
+        progress: Show a progress bar on standard error.
+        dynamic_shapes: As for `torch.export`; by default batch and sequence are dynamic.
+
+    Raises:
+        CompileError: One of its children says what went wrong, where, and what to do next.
+    """
+    batches = read_batches(calibration)
+    if isinstance(model, (str, Path)):
+        program = _capture_checkpoint(Path(model), example_inputs, batches, dynamic_shapes)
+    elif isinstance(model, torch.nn.Module):
+        examples = example_inputs or example_from(batches) or default_inputs(model)
+        program = capture(model, examples, dynamic_shapes=dynamic_shapes)
+    else:
+        raise CaptureError(
+            f"a {type(model).__name__} cannot be compiled",
+            next_step="pass a torch.nn.Module or the path of a checkpoint directory",
+        )
+    check_batches(program, batches)
+    program = dataclasses.replace(program, calibration=batches)
+    watchers = [*instruments, *([ProgressBar()] if progress else [])]
+    result = PassManager(tuple(passes), memory, tuple(watchers))(program)
+    compiled = dataclasses.replace(result.program, calibration=())
+    drift = measure_drift(program, compiled)
+    report = make_report(compiled, result, drift)
+    live = model if isinstance(model, torch.nn.Module) else None
+    if live is not None:
+        _write_back(live, program, compiled)
+    return CompiledModel(live, compiled, report)
+
+
+def _capture_checkpoint(
+    directory: Path,
+    example_inputs: Batch | None,
+    batches: Sequence[Batch],
+    dynamic_shapes: Mapping[str, Any] | None,
+) -> Program:
+    checkpoint = open_checkpoint(directory)
+    examples = dict(example_inputs or example_from(batches) or default_inputs(checkpoint.model))
+    fake = checkpoint.fake_mode.from_tensor
+    fakes = {name: fake(value, static_shapes=True) for name, value in examples.items()}
+    return capture(
+        checkpoint.model,
+        examples,
+        dynamic_shapes=dynamic_shapes,
+        weights=checkpoint.weights,
+        trace_inputs=fakes,
+    )
+
+
+def _source_directory(module: torch.nn.Module) -> Path | None:
+    """Where a Hugging Face model was loaded from, if that is a directory."""
+    name = getattr(getattr(module, "config", None), "_name_or_path", "")
+    return Path(name) if name and Path(name).is_dir() else None
+
+
+def _write_back(model: torch.nn.Module, before: Program, after: Program) -> None:
+    """Copies changed weights into the module's own parameters, so that ties and references hold."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in after.weights.changed_since(before.weights):
+            if name in parameters:
+                parameters[name].copy_(after.weights[name])

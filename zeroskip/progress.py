@@ -1,0 +1,39 @@
+"""A progress bar over the passes and stages of a compilation."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from zeroskip.ir.program import Program
+from zeroskip.passes import Instrument, Pass, PassResult
+
+
+class ProgressBar(Instrument):
+    """Shows the pass and stage at work and the time left, on standard error."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self._task = self._progress.add_task("compiling")
+
+    def begin(self, steps: int) -> None:
+        self._progress.update(self._task, total=steps)
+        self._progress.start()
+
+    def before_pass(self, step: Pass, program: Program, part: str) -> None:
+        self._progress.update(self._task, description=f"{step.name} ({part})")
+
+    def after_pass(self, step: Pass, result: PassResult, part: str) -> None:
+        self._progress.advance(self._task)
+
+    def end(self) -> None:
+        task = self._progress.tasks[self._task]
+        # Stages behind the last one with work are skipped: the bar ends full all the same.
+        self._progress.update(self._task, completed=task.total, description="compiled")
+        self._progress.stop()

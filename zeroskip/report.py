@@ -1,0 +1,152 @@
+"""Report: what each pass did and what each linear became, for people and for machines."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from zeroskip.ir.facts import Lowered, Mask, Roles, SparseWeights
+from zeroskip.ir.linears import Linear, find_linears
+from zeroskip.ir.patterns import SparsityPattern
+from zeroskip.ir.program import Program
+from zeroskip.passes import PassRecord, PipelineResult
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """The state of one linear.
+
+    Args:
+        name: Fully qualified name of its weight.
+        shape: (out, in).
+        pattern: The pattern it follows, or `dense`.
+        density: Share of its weights that are not zero, counted.
+        note: Why it is dense, or how it is lowered.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    pattern: str
+    density: float
+    note: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a compilation did.
+
+    Args:
+        passes: One record for each pass, in order.
+        linears: Every linear of the program, in order of first use.
+        stages: The parts that block-scoped passes ran on.
+        seconds: Time for all passes, calibration and checks included.
+        drift: Largest ||after - before|| / ||before|| of the program's outputs on the example
+            inputs.
+    """
+
+    passes: list[PassRecord]
+    linears: list[LinearReport]
+    stages: list[str]
+    seconds: float
+    drift: float
+
+    @property
+    def density(self) -> float:
+        """Share of non-zero weights over all linears that follow a pattern; 1 if none does."""
+        sizes = [(x.shape[0] * x.shape[1], x.density) for x in self.linears if x.pattern != "dense"]
+        total = sum(size for size, _ in sizes)
+        return sum(size * density for size, density in sizes) / total if total else 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the report as plain values."""
+        passes = [
+            {**dataclasses.asdict(record), "options": _plain(record.options)}
+            for record in self.passes
+        ]
+        return {
+            "passes": passes,
+            "linears": [dataclasses.asdict(linear) for linear in self.linears],
+            "stages": self.stages,
+            "seconds": self.seconds,
+            "drift": self.drift,
+            "density": self.density,
+        }
+
+    def __str__(self) -> str:
+        rows = [
+            [
+                record.name,
+                str(record.stages),
+                f"{record.seconds:.2f}",
+                "yes" if record.modified else "no",
+                "-" if record.drift is None else f"{record.drift:.3g}",
+            ]
+            for record in self.passes
+        ]
+        linears = [
+            [x.name, f"{x.shape[0]} x {x.shape[1]}", x.pattern, f"{x.density:.4f}", x.note]
+            for x in self.linears
+        ]
+        return "\n".join(
+            [
+                *_table(["pass", "parts", "seconds", "modified", "drift"], rows),
+                "",
+                *_table(["linear", "out x in", "pattern", "density", "note"], linears),
+                "",
+                f"{self.seconds:.1f} s in all; density of pruned linears {self.density:.4f}; "
+                f"output drift {self.drift:.3g}",
+            ]
+        )
+
+
+def make_report(program: Program, result: PipelineResult, drift: float) -> Report:
+    """Reads the state of every linear off a compiled program."""
+    roles = program.fact(Roles)
+    sparse = program.facts.get(SparseWeights, SparseWeights())
+    lowered = program.facts.get(Lowered, Lowered())
+    assert isinstance(sparse, SparseWeights)
+    assert isinstance(lowered, Lowered)
+    loaded: dict[str, Any] = {}
+    linears = []
+    for linear in find_linears(program):
+        # Experts share a parameter: load it once, and hold no more than one.
+        if linear.parameter not in loaded:
+            loaded = {linear.parameter: program.weights[linear.parameter]}
+        weight = linear.view(loaded[linear.parameter])
+        mask = sparse.masks.get(linear.name)
+        linears.append(
+            LinearReport(
+                name=linear.name,
+                shape=linear.shape,
+                pattern="dense" if mask is None else str(mask.pattern),
+                density=int(weight.count_nonzero()) / max(weight.numel(), 1),
+                note=_note(linear, mask, roles, lowered),
+            )
+        )
+    return Report(result.records, linears, result.stages, result.seconds, drift)
+
+
+def _note(linear: Linear, mask: Mask | None, roles: Roles, lowered: Lowered) -> str:
+    if linear.name in lowered.operators:
+        return lowered.operators[linear.name]
+    if mask is None:
+        return roles.role(linear.name) or "not selected"
+    return lowered.refusals.get(linear.name, "")
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value
+        if isinstance(value, (str, int, float, bool, type(None)))
+        else str(value)
+        if isinstance(value, SparsityPattern) or not isinstance(value, (tuple, list))
+        else list(value)
+        for name, value in options.items()
+    }
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
