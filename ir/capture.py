@@ -19,6 +19,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from zeroskip.ir.dataflow import is_view
 from zeroskip.ir.errors import CaptureError
 from zeroskip.ir.linears import find_roles
 from zeroskip.ir.program import Batch, Program
@@ -64,12 +65,7 @@ def capture(
     graph_module = _plain(graph_module, list(inputs))
     _canonicalise(graph_module, model)
     if weights is None:
-        names = _read_parameters(graph_module)
-        parameters = dict(model.named_parameters())
-        weights = Weights({name: parameters[name] for name in parameters if name in names})
-    else:
-        names = _read_parameters(graph_module)
-        weights = weights.subset([name for name in weights if name in names])
+        weights = Weights(dict(model.named_parameters()))
     program = Program(
         graph_module=graph_module,
         weights=weights,
@@ -278,19 +274,17 @@ def _functionalise(graph: fx.Graph) -> None:
 def _has_alias(target: fx.Node, node: fx.Node) -> bool:
     """Whether another view of the tensor that a node overwrites is read afterwards.
 
-    Only an operator that makes a new tensor is known to have no views but its users.
+    Only an operator that makes a new tensor is known to have no views but its users, and theirs.
     """
-    schema = getattr(target.target, "_schema", None)
-    if target.target is operator.getitem:
-        schema = getattr(getattr(target.args[0], "target", None), "_schema", None)
-    fresh = schema is not None and all(r.alias_info is None for r in schema.returns)
-    views = [u for u in target.users if u is not node and _is_view(u)]
-    return not fresh or any(user > node for view in views for user in view.users)
-
-
-def _is_view(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is None or any(r.alias_info is not None for r in schema.returns)
+    maker = target.args[0] if target.target is operator.getitem else target
+    if not isinstance(maker, fx.Node) or maker.op != "call_function" or is_view(maker):
+        return True
+    views, queue = {target}, [target]
+    while queue:
+        found = {u for u in queue.pop().users if u is not node and is_view(u)} - views
+        views |= found
+        queue += found
+    return any(user > node for view in views - {target} for user in view.users)
 
 
 def _unify_parameters(graph_module: fx.GraphModule, model: torch.nn.Module) -> None:
@@ -325,9 +319,3 @@ def _sink_parameters(graph: fx.Graph) -> None:
     for node in graph.find_nodes(op="get_attr"):
         if node.users:
             min(node.users, key=order.__getitem__).prepend(node)
-
-
-def _read_parameters(graph_module: fx.GraphModule) -> set[str]:
-    parameters = {name for name, _ in graph_module.named_parameters(remove_duplicate=False)}
-    read = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
-    return parameters & read

@@ -10,16 +10,13 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -28,6 +25,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from zeroskip.ir.checkpoint import CONFIG, INDEX, parameter_names, read_json
 from zeroskip.ir.checkpoint_keys import Conversion, Converted, sources_by_key
 from zeroskip.ir.errors import ArtifactError
+from zeroskip.ir.folders import new_folder
 from zeroskip.ir.weights import InMemory, Source, Weights
 
 # Beside the weights a checkpoint holds the config, generation config, tokenizer and processor.
@@ -65,7 +63,7 @@ def save_checkpoint(
             next_step="save its state_dict with safetensors",
         )
     _check_weights(model, weights)
-    with _atomic_directory(directory.absolute()) as temporary:
+    with new_folder(directory) as temporary:
         _write_companions(source_directory, model, _main_dtype(weights), temporary)
         _write_shards(sources_by_key(model, _state(model, weights)), temporary, max_shard_bytes)
 
@@ -169,32 +167,3 @@ def _load(keyed: Mapping[str, Source], keys: list[str]) -> dict[str, Tensor]:
         # safetensors wants dense tensors that share no memory; slices of one conversion do.
         shard[key] = torch.empty(source.shape, dtype=source.dtype, device="cpu").copy_(tensor)
     return shard
-
-
-@contextmanager
-def _atomic_directory(directory: Path) -> Iterator[Path]:
-    """Yields a sibling directory that takes the place of `directory` on success only."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ArtifactError(
-            "the target is not an empty directory",
-            where=str(directory),
-            next_step="choose a new directory; nothing is overwritten",
-        )
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f".{directory.name}.", dir=directory.parent
-        ) as scratch:
-            # The inner directory has ordinary permissions, unlike the one around it.
-            temporary = Path(scratch) / directory.name
-            temporary.mkdir()
-            yield temporary
-            if directory.exists():
-                directory.rmdir()
-            temporary.rename(directory)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(
-            f"cannot write the checkpoint: {error}",
-            where=str(directory),
-            next_step="check permissions and free space, or choose another directory",
-        ) from error

@@ -53,6 +53,14 @@ def is_elementwise(node: fx.Node) -> bool:
     return torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
+def is_view(node: fx.Node) -> bool:
+    """Whether a value may share memory with what it was made from."""
+    if node.target in (aten.dropout.default, aten.feature_dropout.default):
+        return True  # Idle outside training: it then returns its input, which the schema hides.
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or any(r.alias_info is not None for r in schema.returns)
+
+
 @dataclass(frozen=True)
 class Dependence:
     """What the nodes of a graph depend on.

@@ -76,3 +76,7 @@ class ParityError(CompileError):
 
 class ArtifactError(CompileError):
     """A file is missing, truncated, already there, not writable, or not what its manifest says."""
+
+
+class EvaluationError(CompileError):
+    """A text cannot be scored, or a model gives numbers that are no probabilities."""

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from zeroskip.ir.patterns import SparsityPattern
-from zeroskip.ir.weights import unpack_bits
+from zeroskip.ir.weights import Masked, Source, unpack_bits
 
 if TYPE_CHECKING:
+    from zeroskip.ir.linears import Linear
     from zeroskip.ir.program import Program
 
 Self = TypeVar("Self", bound="Fact")
@@ -212,6 +213,8 @@ class SparseWeights(Fact):
             linear = linears.get(name)
             if linear is None:
                 return f"{name} is said to be sparse and is not a linear"
+            if _masked_by(program.weights.source(linear.parameter), linear, mask):
+                continue
             if linear.weight(program).masked_fill(mask.keep(), 0).any():
                 return f"{name} has a non-zero weight outside its mask"
         return None
@@ -222,6 +225,12 @@ class SparseWeights(Fact):
 
     def merge(self, other: SparseWeights) -> SparseWeights:
         return SparseWeights({**self.masks, **other.masks})
+
+
+def _masked_by(source: Source, linear: Linear, mask: Mask) -> bool:
+    """Whether a weight is zero outside the mask because that very mask is put on it when it loads."""
+    same_layout = linear.expert is None and not linear.transposed
+    return isinstance(source, Masked) and same_layout and torch.equal(source.bits, mask.bits)
 
 
 @dataclass(frozen=True)
@@ -257,14 +266,10 @@ class Lowered(Fact):
         )
 
     def merge(self, other: Lowered) -> Lowered:
-        return Lowered(
-            {**self.operators, **other.operators}, {**self.refusals, **other.refusals}
-        )
+        return Lowered({**self.operators, **other.operators}, {**self.refusals, **other.refusals})
 
 
-def same_facts(
-    first: Mapping[type[Fact], Fact], second: Mapping[type[Fact], Fact]
-) -> bool:
+def same_facts(first: Mapping[type[Fact], Fact], second: Mapping[type[Fact], Fact]) -> bool:
     """Whether two sets of facts claim the same, tensors compared by value."""
     return first.keys() == second.keys() and all(_same(first[k], second[k]) for k in first)
 

@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from zeroskip.ir.errors import ArtifactError
 
 
@@ -64,7 +66,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         os.umask(umask)
         partial.chmod(0o777 & ~umask)
         partial.replace(target)  # Replaces an empty folder, refuses one that was filled since.
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the disk answers.
         raise ArtifactError(
             f"the folder cannot be completed: {error}",
             where=str(target),

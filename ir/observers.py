@@ -64,7 +64,7 @@ class Observer(torch.nn.Module):
         experts = self.count.shape[0]
         rows = x.reshape(-1, x.shape[-1])
         if experts == 1:
-            self._add(0, rows if mask is None else rows[mask.reshape(-1).bool()])
+            self._add(0, _unpadded(rows, mask))
             return x
         if offsets is None:
             ends = [(e + 1) * (rows.shape[0] // experts) for e in range(experts)]
@@ -72,22 +72,23 @@ class Observer(torch.nn.Module):
             ends = [int(end) for end in offsets.tolist()]
         start = 0
         for expert, end in enumerate(ends):
-            part = rows[start:end]
-            if mask is not None:
-                part = part[mask.reshape(-1)[start:end].bool()]
-            self._add(expert, part)
+            part = None if mask is None else mask.reshape(-1)[start:end]
+            self._add(expert, _unpadded(rows[start:end], part))
             start = end
         return x
 
     def _add(self, expert: int, rows: torch.Tensor) -> None:
         if rows.shape[0] == 0:
             return
-        values = rows.float()
+        low, high = torch.aminmax(rows, dim=0)
+        peak = torch.maximum(high, -low).float()
+        torch.maximum(self.abs_max[expert], peak, out=self.abs_max[expert])
         self.count[expert] += rows.shape[0]
-        self.total[expert] += values.sum(0, dtype=torch.float64)
-        self.total_of_squares[expert] += values.double().square().sum(0)
-        torch.maximum(self.abs_max[expert], values.abs().amax(0), out=self.abs_max[expert])
+        exact = rows.to(torch.float64, copy=True)
+        self.total[expert] += exact.sum(0)
+        self.total_of_squares[expert] += exact.square_().sum(0)
         if self.gram is not None:
+            values = rows.float()
             self.gram[expert].addmm_(values.T, values)
 
     def statistics(self, expert: int = 0) -> EdgeStatistics:
@@ -110,6 +111,14 @@ class Observer(torch.nn.Module):
             abs_max=self.abs_max[expert].clone(),
             gram=None if self.gram is None else self.gram[expert].clone(),
         )
+
+
+def _unpadded(rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Returns the rows that are tokens; without a copy when all of them are."""
+    if mask is None:
+        return rows
+    kept = mask.reshape(-1).bool()
+    return rows if kept.all() else rows[kept]
 
 
 def insert_observers(program: Program, linears: Iterable[Linear], gram: bool = False) -> Program:
@@ -185,9 +194,10 @@ def _mask_of_rows(graph: fx.Graph, node: fx.Node, mask: fx.Node) -> fx.Node | No
         rows = value.shape[:-1]
         if _same(rows, tokens) or _same(rows, (math.prod(tokens),)):
             return mask
-        if node.target is aten.index.Tensor and len(node.args[1]) == 1:  # type: ignore[arg-type]
-            source, (index,) = node.args  # type: ignore[misc]
-            inner = _mask_of_rows(graph, source, mask)  # type: ignore[arg-type]
+        arguments: Any = node.args
+        if node.target is aten.index.Tensor and len(arguments[1]) == 1:
+            source, (index,) = arguments
+            inner = _mask_of_rows(graph, source, mask)
             if inner is None:
                 return None
             flat = graph.call_function(aten.reshape.default, (inner, [-1]))
@@ -210,6 +220,8 @@ def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
 
 def _same_rows(node: fx.Node, rows: torch.Size) -> fx.Node | None:
     """Returns an input whose rows are this node's rows, for operators that work row by row."""
+    if node.op == "call_module":
+        return node.all_input_nodes[0]  # An observer that was inserted before.
     by_row = is_elementwise(node) or is_movement(node) or "linear" in str(node.target)
     if not by_row and "mm" not in str(node.target):
         return None

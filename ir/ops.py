@@ -16,7 +16,7 @@ def masked_linear(
     mask_bits: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y = x (W * mask)^T + b: a linear whose zeros are held apart, so that they can be swapped.
+    """Y = x (W * mask)^T + b: a linear whose zeros are held apart, so that they can be swapped.
 
     Args:
         x: [..., in].
@@ -42,8 +42,8 @@ def _(
     mask_bits: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    torch._check(x.shape[-1] == weight.shape[1], lambda: "x and weight differ in width")
-    torch._check(mask_bits.dtype == torch.uint8, lambda: "mask_bits must be uint8")
+    if mask_bits.dtype != torch.uint8:
+        raise TypeError(f"mask_bits is {mask_bits.dtype}, not uint8")
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

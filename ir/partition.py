@@ -28,11 +28,11 @@ def activation_graph(activations: Iterable[fx.Node]) -> nx.DiGraph[Any]:
     A node that starts from no other activation gets a neighbour of its own, so that it can be an
     articulation point too.
     """
-    members = set(activations)
+    members: set[Any] = set(activations)
     graph: nx.DiGraph[Any] = nx.DiGraph()
     for node in members:
         graph.add_node(node)
-        sources = [i for i in node.all_input_nodes if i in members]
+        sources: list[Any] = [i for i in node.all_input_nodes if i in members]
         for source in sources or [("source", node.name)]:
             graph.add_edge(source, node)
         if any(user.op == "output" for user in node.users):

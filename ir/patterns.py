@@ -74,7 +74,7 @@ class Unstructured(SparsityPattern):
         check_sparsity(self.sparsity)
 
     def __str__(self) -> str:
-        return f"{self.sparsity:g}" + ("" if self.comparison == "row" else " matrix")
+        return f"{self.sparsity}" + ("" if self.comparison == "row" else f" {self.comparison}")
 
     def refusal(self, shape: tuple[int, int]) -> str | None:
         return None
@@ -165,7 +165,7 @@ class Block(SparsityPattern):
             raise PatternError(f"a block of {self.rows}x{self.columns} is empty")
 
     def __str__(self) -> str:
-        return f"block:{self.rows}x{self.columns}:{self.sparsity:g}"
+        return f"block:{self.rows}x{self.columns}:{self.sparsity}"
 
     def refusal(self, shape: tuple[int, int]) -> str | None:
         if shape[0] % self.rows or shape[1] % self.columns:
@@ -206,7 +206,7 @@ def parse_pattern(text: str | float | SparsityPattern) -> SparsityPattern:
     words = str(text).strip().lower()
     if found := re.fullmatch(r"(\d+):(\d+)( pad)?", words):
         return NM(int(found[1]), int(found[2]), "pad" if found[3] else "refuse")
-    if found := re.fullmatch(r"block:(\d+)x(\d+):([\d.]+%?)", words):
+    if found := re.fullmatch(r"block:(\d+)x(\d+):([\d.]+(?:e-?\d+)?%?)", words):
         return Block(int(found[1]), int(found[2]), _share(found[3], words))
     if found := re.fullmatch(r"(-?[\d.]+(?:e-?\d+)?%?)( row| matrix| global)?", words):
         comparisons: dict[str | None, Comparison] = {" matrix": "matrix", " global": "global"}
@@ -266,15 +266,15 @@ def _keep_in_groups(groups: torch.Tensor, n: int) -> torch.Tensor:
     """Keeps the n largest of each row of [g, m]; for a small m ranking by comparison is fastest."""
     m = groups.shape[1]
     if m > 16:
-        order = groups.argsort(1, stable=True)
+        order = groups.argsort(dim=1, stable=True)
         keep = torch.ones_like(groups, dtype=torch.bool)
         return keep.scatter_(1, order[:, : m - n], False)
-    rank = torch.zeros(groups.shape, dtype=torch.uint8, device=groups.device)
     columns = [groups[:, j].contiguous() for j in range(m)]
+    rank = [torch.zeros(len(groups), dtype=torch.uint8, device=groups.device) for _ in range(m)]
     for i in range(m):
         for j in range(i):
             # Of two equal scores the earlier one, j, ranks lower and is pruned first.
-            earlier_first = columns[j] <= columns[i]
-            rank[:, i] += earlier_first
-            rank[:, j] += ~earlier_first
-    return rank >= m - n
+            earlier_is_lower = columns[j] <= columns[i]
+            rank[i] += earlier_is_lower
+            rank[j] += ~earlier_is_lower
+    return torch.stack([r >= m - n for r in rank], 1)

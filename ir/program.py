@@ -32,7 +32,7 @@ class Program:
         graph_module: Placeholders are the inputs, `get_attr` nodes name parameters and constants by
             fully qualified name, the single output is a flat tuple. Call `run`, not the module:
             the module holds no values for weights that live on disk or behind a mask.
-        weights: The parameters. Tied parameters are one entry.
+        weights: All parameters of the model, read by the graph or not. Tied ones are one entry.
         example_inputs: One batch by placeholder name; small, used to compare before with after.
         outputs: A name for each output, such as `logits`.
         level: Which operators the graph may hold (see `zeroskip.ir.verify`).
@@ -128,6 +128,10 @@ class Program:
             values = _Runner(self).run(*(inputs[name] for name in self.inputs))
         return dict(zip(self.outputs, values, strict=True))
 
+    def loaded(self) -> Program:
+        """Returns the same program with the weights that it reads in memory, to run many batches."""
+        return dataclasses.replace(self, weights=self.weights.load(self.read_weights()))
+
     def check_inputs(self, inputs: Batch) -> None:
         """Raises CompileError when a batch misses an input or has one too many."""
         missing = [name for name in self.inputs if name not in inputs]
@@ -145,9 +149,14 @@ class Program:
         exported again, or trained.
         """
         module = copy_graph_module(self.graph_module)
-        for name in self.weights:
+        for name in self.read_weights():
             bind_parameter(module, name, InMemory(self.weights[name]))
         return module
+
+    def read_weights(self) -> tuple[str, ...]:
+        """Names of the weights that the graph reads; a model may own others."""
+        targets = dict.fromkeys(str(n.target) for n in self.graph.find_nodes(op="get_attr"))
+        return tuple(name for name in targets if name in self.weights)
 
 
 class _Runner(fx.Interpreter):
@@ -168,9 +177,8 @@ class _Runner(fx.Interpreter):
 def copy_graph_module(source: fx.GraphModule) -> fx.GraphModule:
     """Copies the graph and its metadata; parameters, buffers and submodules are shared."""
     graph = fx.Graph()
-    output = graph.graph_copy(source.graph, val_map={}, return_output_node=True)
-    assert output is not None
-    value, old = output
+    copied: Any = graph.graph_copy(source.graph, val_map={}, return_output_node=True)
+    value, old = copied
     graph.output(value).meta = dict(old.meta)
     return fx.GraphModule(source, graph)
 

@@ -142,7 +142,8 @@ def stitch_stages(program: Program, parts: Sequence[Program]) -> Program:
                 else:
                     copies[node] = computed[key]
     whole = program.graph.output_node()
-    graph.output(tuple(values[node.name] for node in whole.args[0]))  # type: ignore[union-attr]
+    returned: Any = whole.args[0]
+    graph.output(tuple(values[node.name] for node in returned))
     weights: dict[str, Any] = {name: program.weights.source(name) for name in program.weights}
     for part in parts:
         weights.update({name: part.weights.source(name) for name in part.weights})
@@ -159,7 +160,8 @@ def _key(node: fx.Node, copies: dict[fx.Node, fx.Node]) -> Any:
     if node.op == "call_module":
         return None
     schema = getattr(node.target, "_schema", None)
-    if schema is not None and (schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags):  # type: ignore[union-attr]
+    tags = getattr(node.target, "tags", ())
+    if schema is not None and (schema.is_mutable or torch.Tag.nondeterministic_seeded in tags):
         return None
     args = fx.node.map_arg((node.args, node.kwargs), lambda n: copies[n])
     return (node.op, str(node.target), repr(args))

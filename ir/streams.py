@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from zeroskip.ir.errors import ArtifactError, CompileError
@@ -25,7 +26,7 @@ def parse_bytes(text: str | int) -> int:
     Raises:
         CompileError: It is not a size.
     """
-    found = re.fullmatch(r"\s*([\d.]+)\s*([a-z]*)\s*", str(text).lower())
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", str(text).lower())
     if found is None or found[2] not in _UNITS:
         raise CompileError(f"{text!r} is not a size", next_step='write "4GiB" or "512MiB"')
     return int(float(found[1]) * _UNITS[found[2]])
@@ -51,9 +52,13 @@ class Stream(Sequence[Batch]):
         self._folder: Path | None = None
         self._in_memory = 0
         self._values: list[dict[str, torch.Tensor | Path]] = []
-        for batch in batches:
-            self._values.append({})
-            self.write(len(self._values) - 1, batch)
+        try:
+            for batch in batches:
+                self._values.append({})
+                self.write(len(self._values) - 1, batch)
+        except BaseException:
+            self.close()  # The `with` block that would do it is never entered.
+            raise
 
     def __len__(self) -> int:
         return len(self._values)
@@ -97,7 +102,7 @@ class Stream(Sequence[Batch]):
                 self._folder = Path(tempfile.mkdtemp(prefix="zeroskip-", dir=self._parent))
             path = self._folder / f"{index}-{name}.safetensors"
             save_file({"value": tensor.contiguous()}, path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # safetensors wraps what the disk answers.
             raise ArtifactError(
                 f"cannot write activations to disk: {error}",
                 where=str(self._folder or self._parent or tempfile.gettempdir()),
@@ -128,7 +133,19 @@ class _Loaded(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         value = self._values[name]
-        return value if isinstance(value, torch.Tensor) else load_file(value)["value"]
+        if isinstance(value, torch.Tensor):
+            return value
+        try:
+            return load_file(value)["value"]
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(
+                f"cannot read activations back: {error}",
+                where=str(value),
+                next_step="something else changed the temporary folder; run again",
+            ) from error
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values  # Mapping's own would read the file to find out.
 
     def __iter__(self) -> Any:
         return iter(self._values)

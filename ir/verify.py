@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from zeroskip.ir.dataflow import is_view
 from zeroskip.ir.errors import VerifyError
 from zeroskip.ir.observers import Observer
 from zeroskip.ir.program import Program, attribute
@@ -38,8 +39,7 @@ def check_signature(program: Program) -> Violation | None:
     if set(program.inputs) != set(program.example_inputs):
         return (
             "signature",
-            f"placeholders are {sorted(program.inputs)}, "
-            f"example inputs {sorted(program.example_inputs)}",
+            f"placeholders {sorted(program.inputs)}, examples {sorted(program.example_inputs)}",
         )
     values = program.graph.output_node().args[0]
     if not isinstance(values, (tuple, list)) or len(values) != len(program.outputs):
@@ -71,11 +71,9 @@ def check_attributes(program: Program) -> Violation | None:
         if isinstance(expected, torch.Tensor) and isinstance(held, torch.Tensor):
             for what in (source, held):
                 if (what.shape, what.dtype) != (expected.shape, expected.dtype):
-                    return (
-                        node.name,
-                        f"{name} is {tuple(what.shape)} {what.dtype}, "
-                        f"the graph expects {tuple(expected.shape)} {expected.dtype}",
-                    )
+                    here = f"{tuple(what.shape)} {what.dtype}"
+                    there = f"{tuple(expected.shape)} {expected.dtype}"
+                    return node.name, f"{name} is {here}, the graph expects {there}"
     return None
 
 
@@ -106,15 +104,27 @@ def _is_arithmetic(node: fx.Node) -> bool:
 
 
 def check_purity(program: Program) -> Violation | None:
-    """No operator writes into an input or a weight."""
+    """No operator writes into an input or a weight, or into a view of one."""
     for node in program.graph.nodes:
         schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
-        if schema is None or not schema.is_mutable or not node.args:
+        if schema is None or not schema.is_mutable:
             continue
-        written = node.args[0]
-        if isinstance(written, fx.Node) and written.op in ("placeholder", "get_attr"):
-            return node.name, f"{schema.name} writes into {written.target}"
+        for position, argument in enumerate(schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            given = node.args[position] if position < len(node.args) else None
+            owner = _owner(node.kwargs.get(argument.name, given))
+            if owner is not None:
+                return node.name, f"{schema.name} writes into {owner.target}"
     return None
+
+
+def _owner(value: Any) -> fx.Node | None:
+    """Returns the input or weight whose memory a value may be."""
+    while isinstance(value, fx.Node) and value.op == "call_function" and is_view(value):
+        value = value.args[0] if value.args else None
+    held = isinstance(value, fx.Node) and value.op in ("placeholder", "get_attr")
+    return value if held else None
 
 
 def check_facts(program: Program) -> Violation | None:

@@ -7,11 +7,12 @@ a model of any size can be edited while only the tensors being looked at are in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
@@ -110,19 +111,22 @@ def pack_bits(mask: torch.Tensor) -> torch.Tensor:
     Returns:
         uint8 tensor of shape [ceil(numel / 8)].
     """
-    flat = mask.reshape(-1).to(torch.uint8)
-    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    packed = torch.zeros(flat.shape[0], dtype=torch.uint8, device=mask.device)
-    for bit in range(8):
-        packed |= flat[:, bit] << bit
-    return packed
+    flat = mask.reshape(-1)
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.packbits(flat.numpy(), bitorder="little"))
+    places = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    padded = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % 8)).view(-1, 8)
+    return (padded << places).sum(1, dtype=torch.uint8)
 
 
 def unpack_bits(bits: torch.Tensor, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
     """Unpacks what `pack_bits` packed into a boolean tensor of the given shape."""
+    count = torch.Size(shape).numel()
+    if bits.device.type == "cpu":
+        flat = np.unpackbits(bits.numpy(), count=count, bitorder="little")
+        return torch.from_numpy(flat).view(torch.bool).view(shape)
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    flat = (bits[:, None] >> places) & 1
-    return flat.reshape(-1)[: torch.Size(shape).numel()].view(shape).bool()
+    return ((bits[:, None] >> places) & 1).view(-1)[:count].view(shape).bool()
 
 
 class Weights(Mapping[str, torch.Tensor]):
@@ -141,6 +145,9 @@ class Weights(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._sources[name].load()
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._sources  # Mapping's own would load the tensor to find out.
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)
 
@@ -158,6 +165,14 @@ class Weights(Mapping[str, torch.Tensor]):
     def subset(self, names: Iterator[str] | list[str]) -> Weights:
         """Returns Weights over some of the names, sharing the sources."""
         return Weights({name: self._sources[name] for name in names})
+
+    def load(self, names: Iterable[str]) -> Weights:
+        """Returns Weights in which these tensors are in memory: for several runs in a row."""
+        loaded: dict[str, Source | torch.Tensor] = {}
+        for name in names:
+            if not isinstance(self._sources[name], InMemory):
+                loaded[name] = self[name]
+        return self.replace(loaded) if loaded else self
 
     def changed_since(self, before: Weights) -> list[str]:
         """Returns the names whose source is not the very same object as it was before."""

@@ -6,15 +6,48 @@ from zeroskip.passes.eliminate_dead_code import EliminateDeadCode
 from zeroskip.passes.export_onnx import ExportOnnx
 from zeroskip.passes.fold_constants import FoldConstants
 from zeroskip.passes.lower_masked import LowerMasked
-from zeroskip.passes.manager import DumpPrograms, Instrument, PassManager, PassRecord, PipelineResult
+from zeroskip.passes.manager import (
+    DumpPrograms,
+    Instrument,
+    PassManager,
+    PassRecord,
+    PipelineResult,
+)
 from zeroskip.passes.observe import Observe
 from zeroskip.passes.prune_magnitude import PruneMagnitude
 from zeroskip.passes.prune_wanda import PruneWanda
 from zeroskip.passes.pruner import Pruner
 
 PASSES: dict[str, type[Pass]] = {
-    cls.name: cls for cls in (
-        Observe, PruneMagnitude, PruneWanda, ApplyMasks, LowerMasked, FoldConstants,
-        EliminateDeadCode, ExportOnnx,
+    cls.name: cls
+    for cls in (
+        Observe,
+        PruneMagnitude,
+        PruneWanda,
+        ApplyMasks,
+        LowerMasked,
+        FoldConstants,
+        EliminateDeadCode,
+        ExportOnnx,
     )
 }
+
+__all__ = [
+    "PASSES",
+    "ApplyMasks",
+    "DumpPrograms",
+    "EliminateDeadCode",
+    "ExportOnnx",
+    "FoldConstants",
+    "Instrument",
+    "LowerMasked",
+    "Observe",
+    "Pass",
+    "PassManager",
+    "PassRecord",
+    "PassResult",
+    "PipelineResult",
+    "PruneMagnitude",
+    "PruneWanda",
+    "Pruner",
+]

@@ -82,6 +82,7 @@ class Pass(ABC):
 
     def check(self, program: Program) -> None:
         """Raises CompileError when the options do not fit the whole program; runs before any pass."""
+        return  # Most passes fit any program.
 
     def targets(self, program: Program) -> frozenset[str] | None:
         """Names the linears worked on; None means that any part of the program may be."""
@@ -114,9 +115,7 @@ class Pass(ABC):
         seconds = time.perf_counter() - started
         after = self._drop_invalidated(program, after)
         self._check_result(program, after, versions)
-        computes_anew = graph_text(program) != graph_text(after) or _weights_differ(
-            program, after
-        )
+        computes_anew = graph_text(program) != graph_text(after) or _weights_differ(program, after)
         drift = None
         if computes_anew:
             drift = (
@@ -157,7 +156,6 @@ class Pass(ABC):
                 next_step="replace tensors with Program.with_weights",
             )
         verify(after, after=self.name)
-
 
 
 def prove_equivalent(before: Program, after: Program, name: str) -> float:

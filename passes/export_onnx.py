@@ -18,7 +18,6 @@ from zeroskip.ir.streams import parse_bytes
 from zeroskip.ir.weights import InMemory
 from zeroskip.passes.base import Pass
 from zeroskip.passes.lower_masked import LowerMasked
-from zeroskip.runtime.onnx.export import export_onnx
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,9 @@ class ExportOnnx(Pass):
                 next_step="use Observe(keep=False)",
             )
 
+        # onnx and onnxruntime are large: who does not export does not load them.
+        from zeroskip.runtime.onnx.export import export_onnx
+
         def reference(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
             return list(program.run({name: inputs[name] for name in program.inputs}).values())
 
@@ -108,7 +110,7 @@ def _limit(program: Program) -> float:
 def _skeleton(program: Program) -> fx.GraphModule:
     """Returns the graph with parameters that have a shape and take no memory, for tracing alone."""
     module = copy_graph_module(program.graph_module)
-    for name in program.weights:
+    for name in program.read_weights():
         source = program.weights.source(name)
         hollow = torch.zeros((), dtype=source.dtype).expand(source.shape)
         bind_parameter(module, name, InMemory(hollow))

@@ -154,9 +154,7 @@ class PassManager:
                 instrument.end()
         return PipelineResult(program, records, stage_names, time.perf_counter() - started)
 
-    def _run(
-        self, program: Program, number: int, records: list[PassRecord], part: str
-    ) -> Program:
+    def _run(self, program: Program, number: int, records: list[PassRecord], part: str) -> Program:
         step = self.passes[number]
         for instrument in self.instruments:
             instrument.before_pass(step, program, part)
@@ -243,8 +241,9 @@ def _propagate(
     part: Program, stream: Stream, later: Sequence[Stage], inputs: Sequence[str]
 ) -> None:
     """Runs a finished stage on every batch and keeps what later stages read."""
+    running = part.loaded()
     for index in range(len(stream)):
-        stream.write(index, part.run({name: stream[index][name] for name in part.inputs}))
+        stream.write(index, running.run({name: stream[index][name] for name in part.inputs}))
     alive = {node.name for stage in later for node in stage.inputs}
     stream.keep_only(alive | set(inputs))
 

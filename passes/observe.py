@@ -14,10 +14,10 @@ from zeroskip.passes.base import Pass, Scope
 
 @dataclass(frozen=True)
 class Observe(Pass):
-    """Inserts an observer on every edge that feeds a linear, runs the calibration batches, removes
-    the observers again and puts what they saw into the facts.
+    """Observes the inputs of linears while the calibration batches run through the program.
 
-    One observer serves all linears that share an input (query, key and value; gate and up). Padding
+    An observer is inserted on every edge that feeds a linear, the batches are run, the observers
+    are removed again, and what they saw becomes a fact. One observer serves all linears that share an input (query, key and value; gate and up). Padding
     is left out, also for tokens that are routed to experts. Count, sum and sum of squares are
     float64; the largest magnitude and the Gram matrix float32.
 
@@ -76,7 +76,8 @@ class Observe(Pass):
         if not linears:
             return program.with_fact(Statistics())
         observed = insert_observers(program, linears, self.gram)
+        running = observed.loaded()
         for batch in program.calibration:
-            observed.run({name: batch[name] for name in observed.inputs})
+            running.run({name: batch[name] for name in observed.inputs})
         statistics = read_observers(observed, linears, program)
         return (observed if self.keep else program).with_fact(statistics)

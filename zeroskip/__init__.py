@@ -1,11 +1,17 @@
 """zeroskip: a compiler for post-training sparsity."""
 
-from zeroskip.calibration import calibration_from_text
-from zeroskip.compile import CompiledModel, compile_sparse
-from zeroskip.evaluate import Perplexity, perplexity
-from zeroskip.models import load_model
-from zeroskip.recipe import Recipe, load_recipe
-from zeroskip.report import Report
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from zeroskip.calibration import calibration_from_text
+    from zeroskip.compile import CompiledModel, compile_sparse
+    from zeroskip.evaluate import Perplexity, perplexity
+    from zeroskip.models import load_model
+    from zeroskip.recipe import Recipe, load_recipe
+    from zeroskip.report import Report
 
 __version__ = "0.1.0"
 
@@ -20,3 +26,27 @@ __all__ = [
     "load_recipe",
     "perplexity",
 ]
+
+# Where each name lives. It is imported when it is first asked for: `zeroskip --help` and
+# `import zeroskip.ir.errors` need no torch.
+_MODULES = {
+    "CompiledModel": "compile",
+    "Perplexity": "evaluate",
+    "Recipe": "recipe",
+    "Report": "report",
+    "calibration_from_text": "calibration",
+    "compile_sparse": "compile",
+    "load_model": "models",
+    "load_recipe": "recipe",
+    "perplexity": "evaluate",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'zeroskip' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"zeroskip.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -69,7 +69,7 @@ def default_inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     Raises:
         CaptureError: The model does not tell.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     accepted = inspect.signature(model.forward).parameters
     main = getattr(model, "main_input_name", None)
     inputs: dict[str, torch.Tensor] = {}

@@ -76,15 +76,16 @@ def compile_command(
     """
     with ExitStack() as stack:
         with _refusing_inputs():
-            from zeroskip.build_folder import build_folder, relocated, under
+            from zeroskip.ir.folders import new_folder
             from zeroskip.models import load_tokenizer
             from zeroskip.recipe import dump_recipe, load_recipe
+            from zeroskip.relocation import relocated, under
 
             plan = _overridden(load_recipe(recipe), samples, sequence_length, seed, memory)
             tokenizer = load_tokenizer(model)
             batches = _calibration(calibration, tokenizer, plan) if calibration else None
             source = _source(model)
-            folder = stack.enter_context(build_folder(out))
+            folder = stack.enter_context(new_folder(out))
         from zeroskip.compile import compile_sparse
 
         compiled = compile_sparse(

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from zeroskip.targets import EvaluationError, Logits, load_target, logits_of
+from zeroskip.ir.errors import EvaluationError
+from zeroskip.targets import Logits, load_target, logits_of
 from zeroskip.text import read_text
 
 if TYPE_CHECKING:

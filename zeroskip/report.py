@@ -94,7 +94,8 @@ class Report:
                 "",
                 *_table(["linear", "out x in", "pattern", "density", "note"], linears),
                 "",
-                f"{self.seconds:.1f} s in all; density of pruned linears {self.density:.4f}; "
+                f"{self.seconds:.1f} s in all",
+                f"density of pruned linears {self.density:.4f}",
                 f"output drift {self.drift:.3g}",
             ]
         )
@@ -149,4 +150,6 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = [head, ["-" * width for width in widths], *rows]
-    return ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return [
+        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
+    ]

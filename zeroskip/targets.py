@@ -9,16 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zeroskip.ir.errors import CompileError
+from zeroskip.ir.errors import EvaluationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
-
-
-class EvaluationError(CompileError):
-    """A text cannot be scored, or a model gives numbers that are no probabilities."""
 
 
 def load_target(

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from zeroskip.ir.errors import LoweringError
+from zeroskip.ir.folders import new_folder
 from zeroskip.runtime.onnx.axes import cache_axes
 from zeroskip.runtime.onnx.cache_geometry import CacheGeometry, is_causal_lm
 from zeroskip.runtime.onnx.cache_graph import capture_with_cache
@@ -23,7 +24,6 @@ from zeroskip.runtime.onnx.client_config import genai_config
 from zeroskip.runtime.onnx.folder import (
     EXTERNAL_DATA_THRESHOLD,
     copy_tokenizer,
-    new_folder,
     save_model,
 )
 from zeroskip.runtime.onnx.parity import (

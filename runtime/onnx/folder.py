@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -33,51 +29,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-
-
-@contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """Yields an empty folder that becomes `target` when the block ends, and vanishes if it raises.
-
-    Args:
-        target: Must not exist, or be an empty directory. Missing parents are created.
-
-    Raises:
-        ArtifactError: The target holds something, or its parent cannot be written.
-    """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ArtifactError(
-            "the target of the export already holds something",
-            where=str(target),
-            next_step="remove it, or export to another directory",
-        )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # A sibling, so that the rename stays within one file system.
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    except OSError as error:
-        raise ArtifactError(
-            f"cannot create the export directory: {error}",
-            where=str(target.parent),
-            next_step="choose a directory that you may write to",
-        ) from error
-    try:
-        yield partial
-        # mkdtemp makes it private; the umask of the user decides about what was asked for.
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o777 & ~umask)
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    except OSError as error:
-        raise ArtifactError(
-            f"cannot write the export: {error}",
-            where=str(target),
-            next_step="free space or permissions there, then export again; nothing was left behind",
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def save_model(

@@ -42,11 +42,11 @@ class MaskedWeights:
     """The masks that a graph puts on its weights, and which weights it also reads unmasked.
 
     Args:
-        bits: Weight name -> packed mask.
+        bits: Weight name -> packed mask, and whether it is over the transposed weight.
         shared: Names that some other node reads without the mask.
     """
 
-    bits: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    bits: Mapping[str, tuple[torch.Tensor, bool]] = field(default_factory=dict)
     shared: frozenset[str] = frozenset()
 
     def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
@@ -58,7 +58,13 @@ class MaskedWeights:
         if name not in self.bits:
             return weight
         # masked_fill, not a product: 0 * inf is NaN and -1 * 0 is -0.
-        masked = weight.masked_fill(~unpack_bits(self.bits[name], weight.shape), 0)
+        bits, transposed = self.bits[name]
+        keep = (
+            unpack_bits(bits, weight.shape[::-1]).T
+            if transposed
+            else unpack_bits(bits, weight.shape)
+        )
+        masked = weight.masked_fill(~keep, 0)
         if name in self.shared and not torch.equal(masked, weight):
             raise LoweringError(
                 f"{name!r} is masked in one place and read unmasked in another (a tied weight)",
@@ -78,26 +84,34 @@ def masked_weights(graph_module: torch.fx.GraphModule) -> MaskedWeights:
         LoweringError: A mask or a masked weight is computed in the graph, or one weight has two masks.
     """
     operator = masked_linear_operator()
-    bits: dict[str, torch.Tensor] = {}
-    shared: set[str] = set()
+    bits: dict[str, tuple[torch.Tensor, bool]] = {}
+    masked_reads: set[tuple[torch.fx.Node, torch.fx.Node]] = set()
     for node in graph_module.graph.nodes:
         if operator is None or node.target is not operator:
-            shared.update(str(n.target) for n in node.all_input_nodes if n.op == "get_attr")
             continue
         named = {**dict(zip(("x", "weight", "mask_bits"), node.args, strict=False)), **node.kwargs}
         weight, mask = named["weight"], named["mask_bits"]
-        if weight.op != "get_attr" or mask.op != "get_attr":
+        # Conv1D stores [in, out]: its weight reaches the operator through a transpose.
+        transposed = weight.target is torch.ops.aten.t.default
+        stored = weight.args[0] if transposed else weight
+        if stored.op != "get_attr" or mask.op != "get_attr":
             raise LoweringError(
                 f"{node.name}: the weight or the mask of a masked_linear is computed in the graph",
                 where=node.name,
                 next_step="lower only linears whose weight is a parameter",
             )
         value = graph_module.get_buffer(str(mask.target))
-        known = bits.setdefault(str(weight.target), value)
-        if not torch.equal(known, value):
+        known, known_transposed = bits.setdefault(str(stored.target), (value, transposed))
+        if known_transposed != transposed or not torch.equal(known, value):
             raise LoweringError(
-                f"{weight.target!r} carries two different masks",
+                f"{stored.target!r} carries two different masks",
                 where=node.name,
                 next_step="give a weight that is read twice one mask",
             )
+        masked_reads.add((stored, weight if transposed else node))
+    shared = {
+        str(node.target)
+        for node in graph_module.graph.find_nodes(op="get_attr")
+        if any((node, user) not in masked_reads for user in node.users)
+    }
     return MaskedWeights(bits, frozenset(shared & bits.keys()))

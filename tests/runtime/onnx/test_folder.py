@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from zeroskip.ir.errors import ArtifactError, LoweringError
-from zeroskip.runtime.onnx.folder import copy_tokenizer, new_folder, save_model
+from zeroskip.ir.folders import new_folder
+from zeroskip.runtime.onnx.folder import copy_tokenizer, save_model
 from zeroskip.runtime.onnx.session import OnnxModel
 
 
@@ -81,7 +82,7 @@ def test_a_full_target_is_refused(tmp_path: Path) -> None:
 
 def test_an_unwritable_target_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match="cannot create"), new_folder(tmp_path / "file" / "out"):
+    with pytest.raises(ArtifactError, match="cannot be written"), new_folder(tmp_path / "file" / "out"):
         pass
 
 

@@ -1,0 +1,30 @@
+"""Paths of a build while it is still under another name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zeroskip.passes.base import Pass
+
+
+def under(step: Pass, folder: Path) -> Pass:
+    """Returns a pass that writes a `directory` with that directory taken as relative to `folder`."""
+    directory = getattr(step, "directory", None)
+    if directory is None:
+        return step
+    moved = {"directory": folder / directory}
+    return replace(step, **moved)
+
+
+def relocated(value: Any, partial: Path, out: Path) -> Any:
+    """Returns plain data with every mention of the partial folder changed to the final one."""
+    if isinstance(value, dict):
+        return {key: relocated(item, partial, out) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [relocated(item, partial, out) for item in value]
+    if isinstance(value, Path):
+        value = str(value)
+    return value.replace(str(partial), str(out)) if isinstance(value, str) else value
