@@ -129,15 +129,17 @@ def _export(
 def _shared_dimensions(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Equal batch and sequence sizes of the example inputs are one symbol.
 
-    Floating-point inputs of rank 2 are [batch, features]; of rank 3 [batch, sequence, features]; of
-    rank 4, images: only the batch varies. Integer and boolean inputs are [batch, sequence].
+    `Program.run` refuses inputs that break such an equality. A decoder's inputs have a length of
+    their own, even where the example lengths agree. Floating-point inputs of rank 2 are [batch,
+    features]; of rank 3 [batch, sequence, features]; of rank 4, images: only the batch varies.
+    Integer and boolean inputs are [batch, sequence].
     """
-    sizes: dict[tuple[int, int], Any] = {}
+    sizes: dict[tuple[int, int, bool], Any] = {}
     shapes: dict[str, Any] = {}
     for name, value in inputs.items():
         shapes[name] = {}
         for axis in _varying_axes(value):
-            key = (axis, value.shape[axis])
+            key = (axis, value.shape[axis], axis > 0 and name.startswith("decoder_"))
             if key not in sizes:
                 kind = "batch" if axis == 0 else "sequence"
                 taken = sum(k[0] == axis for k in sizes)

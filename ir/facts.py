@@ -213,6 +213,8 @@ class SparseWeights(Fact):
             linear = linears.get(name)
             if linear is None:
                 return f"{name} is said to be sparse and is not a linear"
+            if linear.shape != mask.shape:
+                return f"mask of {name} is {mask.shape}, the linear is {linear.shape}"
             if _masked_by(program.weights.source(linear.parameter), linear, mask):
                 continue
             if linear.weight(program).masked_fill(mask.keep(), 0).any():

@@ -295,18 +295,20 @@ def select_linears(
     """
     roles = program.fact(Roles)
 
-    def matches(name: str, patterns: tuple[str, ...]) -> bool:
-        bare = name.removesuffix(".weight")
-        return any(fnmatchcase(name, p) or fnmatchcase(bare, p) for p in patterns)
-
     def wanted(linear: Linear) -> bool:
-        if matches(linear.name, exclude):
+        if any(_matches(linear.name, p) for p in exclude):
             return False
         if include:
-            return matches(linear.name, include)
+            return any(_matches(linear.name, p) for p in include)
         return roles.role(linear.name) is None
 
     return [linear for linear in find_linears(program) if wanted(linear)]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a pattern is the name, or fits it; the brackets of an expert are also a character set."""
+    bare = name.removesuffix(".weight")
+    return name == pattern or fnmatchcase(name, pattern) or fnmatchcase(bare, pattern)
 
 
 def check_selection(program: Program, include: tuple[str, ...], exclude: tuple[str, ...]) -> None:
@@ -314,8 +316,7 @@ def check_selection(program: Program, include: tuple[str, ...], exclude: tuple[s
     linears = find_linears(program)
     names = [linear.name for linear in linears]
     for pattern in (*include, *exclude):
-        bare = [name.removesuffix(".weight") for name in names]
-        if not any(fnmatchcase(name, pattern) for name in (*names, *bare)):
+        if not any(_matches(name, pattern) for name in names):
             raise CompileError(
                 f"the pattern {pattern!r} matches no linear",
                 next_step=f"the linears are {', '.join(names[:6])}"

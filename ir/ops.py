@@ -48,22 +48,22 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, weight, mask_bits, bias = inputs
+    x, weight, mask_bits, *bias = inputs  # The dispatcher drops a bias that is None.
     ctx.save_for_backward(x, weight, mask_bits)
-    ctx.has_bias = bias is not None
+    ctx.has_bias = bool(bias) and bias[0] is not None
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, weight, mask_bits = ctx.saved_tensors
-    needs_x, needs_weight, _, needs_bias = ctx.needs_input_grad
+    needs_x, needs_weight, _, *needs_bias = ctx.needs_input_grad
     rows = grad.reshape(-1, grad.shape[-1])
     grad_x = grad @ _masked(weight, mask_bits) if needs_x else None
     grad_weight = None
     if needs_weight:
         # Pruned weights get no gradient: training keeps the mask.
         grad_weight = _masked(rows.T @ x.reshape(-1, x.shape[-1]), mask_bits)
-    grad_bias = rows.sum(0) if needs_bias and ctx.has_bias else None
-    return grad_x, grad_weight, None, grad_bias
+    grad_bias = rows.sum(0) if any(needs_bias) and ctx.has_bias else None
+    return (grad_x, grad_weight, None, grad_bias)[: len(ctx.needs_input_grad)]
 
 
 masked_linear.register_autograd(_backward, setup_context=_setup_context)

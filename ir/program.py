@@ -133,7 +133,7 @@ class Program:
         return dataclasses.replace(self, weights=self.weights.load(self.read_weights()))
 
     def check_inputs(self, inputs: Batch) -> None:
-        """Raises CompileError when a batch misses an input or has one too many."""
+        """Raises CompileError when an input is missing, unknown, or of a shape that does not fit."""
         missing = [name for name in self.inputs if name not in inputs]
         unknown = [name for name in inputs if name not in self.inputs]
         if missing or unknown:
@@ -141,6 +141,11 @@ class Program:
                 f"the inputs do not fit: missing {missing}, unknown {unknown}",
                 next_step=f"pass exactly {list(self.inputs)}",
             )
+        sizes: dict[str, tuple[int, str]] = {}
+        for node in self.graph.find_nodes(op="placeholder"):
+            expected, name = node.meta.get("val"), str(node.target)
+            if isinstance(expected, torch.Tensor):
+                _check_shape(name, expected.shape, inputs[name].shape, sizes)
 
     def module(self) -> fx.GraphModule:
         """Returns a runnable GraphModule that holds every weight in memory.
@@ -157,6 +162,30 @@ class Program:
         """Names of the weights that the graph reads; a model may own others."""
         targets = dict.fromkeys(str(n.target) for n in self.graph.find_nodes(op="get_attr"))
         return tuple(name for name in targets if name in self.weights)
+
+
+def _check_shape(
+    name: str, expected: Sequence[Any], actual: Sequence[int], sizes: dict[str, tuple[int, str]]
+) -> None:
+    """Compares a shape with the captured one; sizes of one symbol must agree over all inputs."""
+    if len(expected) != len(actual):
+        raise CompileError(
+            f"input {name} has {len(actual)} dimensions, the program takes {len(expected)}",
+            where=name,
+        )
+    for axis, (size, given) in enumerate(zip(expected, actual, strict=True)):
+        if isinstance(size, int):
+            fits, reason = size == given, f"the program was captured for {size} only"
+        else:
+            first, other = sizes.setdefault(str(size), (given, name))
+            fits, reason = first == given, f"{other} has {first} there, and both must agree"
+        if not fits:
+            raise CompileError(
+                f"axis {axis} of input {name} is {given}: {reason}",
+                where=name,
+                next_step="capture with example_inputs whose sizes differ there, or set "
+                "dynamic_shapes",
+            )
 
 
 class _Runner(fx.Interpreter):

@@ -8,7 +8,7 @@ pass can tell whether it sees a whole model or a part.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def extract_stage(program: Program, stage: Stage, calibration: Sequence[Batch]) 
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     entering = set(stage.inputs)
-    needed = _needed(stage)
+    needed = _ancestors(stage.nodes, entering)
     for node in stage.inputs:
         copies[node] = _placeholder(graph, node.name, node)
     for node in program.graph.nodes:
@@ -64,17 +64,16 @@ def extract_stage(program: Program, stage: Stage, calibration: Sequence[Batch]) 
     return part.with_fact(*(fact.restrict(linears) for fact in program.facts.values()))
 
 
-def _needed(stage: Stage) -> set[fx.Node]:
-    """The stage's nodes and everything they are computed from, back to what enters."""
-    needed: set[fx.Node] = set(stage.nodes)
-    queue = list(stage.nodes)
-    entering = set(stage.inputs)
+def _ancestors(nodes: Iterable[fx.Node], entering: Container[fx.Node]) -> set[fx.Node]:
+    """Nodes and everything they are computed from, back to what enters."""
+    queue = [node for node in nodes if node not in entering]
+    found = set(queue)
     while queue:
         for source in queue.pop().all_input_nodes:
-            if source not in needed and source not in entering:
-                needed.add(source)
+            if source not in found and source not in entering:
+                found.add(source)
                 queue.append(source)
-    return needed
+    return found
 
 
 def _placeholder(graph: fx.Graph, name: str, source: fx.Node) -> fx.Node:
@@ -122,6 +121,18 @@ def stitch_stages(program: Program, parts: Sequence[Program]) -> Program:
     for node in program.graph.find_nodes(op="placeholder"):
         values[str(node.target)] = _placeholder(graph, str(node.target), node)
     computed: dict[Any, fx.Node] = {}
+
+    def copy(node: fx.Node, copies: dict[fx.Node, fx.Node], owner: fx.GraphModule) -> fx.Node:
+        key = _key(node, copies)
+        if key is not None and key in computed:
+            return computed[key]
+        copied = graph.node_copy(node, copies.__getitem__)
+        if key is not None:
+            computed[key] = copied
+        if node.op in ("get_attr", "call_module"):
+            _carry(root, owner, str(node.target))
+        return copied
+
     for part in parts:
         copies: dict[fx.Node, fx.Node] = {}
         for node in part.graph.nodes:
@@ -131,16 +142,14 @@ def stitch_stages(program: Program, parts: Sequence[Program]) -> Program:
                 for name, value in zip(part.outputs, node.args[0], strict=True):
                     values[name] = copies[value]
             else:
-                key = _key(node, copies)
-                if key is None or key not in computed:
-                    copy = graph.node_copy(node, copies.__getitem__)
-                    if key is not None:
-                        computed[key] = copy
-                    copies[node] = copy
-                    if node.op in ("get_attr", "call_module"):
-                        _carry(root, part.graph_module, str(node.target))
-                else:
-                    copies[node] = computed[key]
+                copies[node] = copy(node, copies, part.graph_module)
+    # An output that is no activation, such as a mask, is computed in no stage.
+    known = {node: values[node.name] for node in program.graph.nodes if node.name in values}
+    left = _ancestors(program.graph.output_node().all_input_nodes, known)
+    for node in program.graph.nodes:
+        if node in left:
+            known[node] = copy(node, known, program.graph_module)
+            values[node.name] = known[node]
     whole = program.graph.output_node()
     returned: Any = whole.args[0]
     graph.output(tuple(values[node.name] for node in returned))

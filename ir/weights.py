@@ -112,7 +112,7 @@ def pack_bits(mask: torch.Tensor) -> torch.Tensor:
         uint8 tensor of shape [ceil(numel / 8)].
     """
     flat = mask.reshape(-1)
-    if mask.device.type == "cpu":
+    if _is_plain(mask):
         return torch.from_numpy(np.packbits(flat.numpy(), bitorder="little"))
     places = torch.arange(8, dtype=torch.uint8, device=mask.device)
     padded = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % 8)).view(-1, 8)
@@ -122,11 +122,21 @@ def pack_bits(mask: torch.Tensor) -> torch.Tensor:
 def unpack_bits(bits: torch.Tensor, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
     """Unpacks what `pack_bits` packed into a boolean tensor of the given shape."""
     count = torch.Size(shape).numel()
-    if bits.device.type == "cpu":
+    if _is_plain(bits):
         flat = np.unpackbits(bits.numpy(), count=count, bitorder="little")
         return torch.from_numpy(flat).view(torch.bool).view(shape)
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits[:, None] >> places) & 1).view(-1)[:count].view(shape).bool()
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether numpy can see the values; tracers such as torch.compile pass fake tensors."""
+    return type(tensor) is torch.Tensor and tensor.device.type == "cpu"
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether NumPy can read a tensor: it is in main memory, and not one that stands for another."""
+    return tensor.device.type == "cpu" and type(tensor) is torch.Tensor
 
 
 class Weights(Mapping[str, torch.Tensor]):

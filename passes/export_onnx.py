@@ -128,7 +128,11 @@ def _lowered_like(program: Program, graph_module: fx.GraphModule) -> fx.GraphMod
         outputs=(),
     )
     other = other.with_fact(find_roles(other), program.fact(SparseWeights))
-    return LowerMasked().run(other).graph_module
+    lowered = LowerMasked().run(other).graph_module
+    # The cache is a nested argument: how it is taken apart belongs to the graph's code.
+    lowered.graph.set_codegen(graph_module.graph._codegen)
+    lowered.recompile()
+    return lowered
 
 
 def _own_folder(model: torch.nn.Module | None) -> Path | None:

@@ -38,8 +38,9 @@ class FoldConstants(Pass):
 
     def run(self, program: Program) -> Program:
         values: dict[fx.Node, torch.Tensor] = {}
+        written = _written(program.graph)
         for node in program.graph.nodes:
-            value = self._evaluate(program, node, values)
+            value = None if node in written else self._evaluate(program, node, values)
             if value is not None:
                 values[node] = value
         taken = {str(n.target) for n in program.graph.find_nodes(op="get_attr")}
@@ -84,3 +85,16 @@ class FoldConstants(Pass):
         with torch.no_grad():
             result = node.target(*args, **kwargs)  # type: ignore[operator]
         return result.clone() if isinstance(result, torch.Tensor) else None
+
+
+def _written(graph: fx.Graph) -> set[fx.Node]:
+    """Returns what operators write into: their first argument, and all that it may be a view of."""
+    written: set[fx.Node] = set()
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None or not schema.is_mutable:
+            continue
+        while node.args and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+            written.add(node)
+    return written

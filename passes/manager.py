@@ -12,6 +12,7 @@ from typing import Any
 from zeroskip.ir.errors import RequirementError
 from zeroskip.ir.facts import Fact
 from zeroskip.ir.linears import find_linears
+from zeroskip.ir.memory import return_freed_memory
 from zeroskip.ir.partition import Stage, find_stages
 from zeroskip.ir.printer import print_program
 from zeroskip.ir.program import Program
@@ -190,6 +191,7 @@ class PassManager:
                 current = _commit(current, before, part)
                 if k < last:
                     _propagate(part, stream, stages[k + 1 :], program.inputs)
+                return_freed_memory()
         if rewired:
             parts += [extract_stage(current, stage, ()) for stage in stages[last + 1 :]]
         return self._assemble(program, current, parts if rewired else [], numbers)

@@ -35,7 +35,8 @@ class Pruner(Pass):
     provides = (Masks,)
 
     def __post_init__(self) -> None:
-        parse_pattern(self.pattern)
+        # One text for one pattern, so that equal passes compare and write equal.
+        object.__setattr__(self, "pattern", str(parse_pattern(self.pattern)))
 
     @property
     def scope(self) -> Scope:

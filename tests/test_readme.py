@@ -1,6 +1,7 @@
-"""The Python in README.md runs: its blocks in order, as one program, in an empty folder.
+"""The pages keep step with the code: what they show runs, and what exists is in them.
 
-A block that follows the HTML comment `<!-- not run: why -->` is only compiled.
+The Python in README.md runs, its blocks in order, as one program, in an empty folder. A block that
+follows the HTML comment `<!-- not run: why -->` is only compiled.
 """
 
 from __future__ import annotations
@@ -11,7 +12,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
+from zeroskip.passes import PASSES
+from zeroskip.recipe import loads_recipe
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 BLOCK = re.compile(
     r"(?P<skipped><!-- not run: [^\n]+ -->\n+)?^```python\n(?P<code>.*?)^```$", re.M | re.S
 )
@@ -51,3 +56,53 @@ def test_the_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_blocks_are_found_with_their_lines() -> None:
     page = "a\n```python\nx = 1\n```\n<!-- not run: slow -->\n```python\ny\n```\n```bash\nls\n```\n"
     assert blocks_of(page) == [Block(3, "x = 1\n", True), Block(7, "y\n", False)]
+
+
+def test_every_pass_is_in_the_table() -> None:
+    rows = re.findall(
+        r"^\| `([a-z-]+)` \| `(\w+)` \|.*\| ([^|]*) \| ([^|]*) \|$",
+        README.read_text(encoding="utf-8"),
+        re.M,
+    )
+
+    def facts(kinds: tuple[type, ...]) -> str:
+        return ", ".join(f"`{kind.__name__}`" for kind in kinds)
+
+    listed = [(name, cls, needs.strip(), gives.strip()) for name, cls, needs, gives in rows]
+    assert listed == [
+        (name, cls.__name__, facts(cls.requires), facts(cls.provides))
+        for name, cls in PASSES.items()
+    ]
+
+
+def test_the_recipes_of_the_readme_can_be_read() -> None:
+    recipes = re.findall(r"^```yaml\n(.*?)^```$", README.read_text(encoding="utf-8"), re.M | re.S)
+    assert recipes
+    for recipe in recipes:
+        assert loads_recipe(recipe).passes
+
+
+def test_the_links_of_the_pages_lead_somewhere() -> None:
+    for page in (README, *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_guide_shows_the_code_of_the_example() -> None:
+    guide = (ROOT / "docs" / "writing-a-pass.md").read_text(encoding="utf-8")
+    example = (ROOT / "examples" / "custom_pass.py").read_text(encoding="utf-8")
+    lines = {line.strip() for line in example.splitlines()}
+    for block in blocks_of(guide):
+        if "small_program" not in block.code:
+            assert [x for x in block.code.splitlines() if x.strip() not in lines] == []
+
+
+def test_every_module_is_in_the_architecture() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    modules = [
+        path.relative_to(ROOT).as_posix()
+        for folder in ("ir", "passes", "runtime", "zeroskip")
+        for path in (ROOT / folder).rglob("*.py")
+        if path.name != "__init__.py"
+    ]
+    assert [module for module in modules if f"`{module}`" not in page] == []

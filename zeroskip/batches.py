@@ -140,7 +140,11 @@ def _check_names(program: Program, number: int, batch: Mapping[str, Any]) -> Non
 def _check_tensor(number: int, name: str, value: Any, example: torch.Tensor) -> None:
     where = f"batch {number}, {name}"
     if not isinstance(value, torch.Tensor):
-        raise CalibrationError(f"is a {type(value).__name__}, not a tensor", where=where)
+        raise CalibrationError(
+            f"it is a {type(value).__name__}, not a tensor",
+            where=where,
+            next_step="convert it with torch.as_tensor",
+        )
     if value.dtype != example.dtype:
         raise CalibrationError(
             f"the dtype is {value.dtype}, the model takes {example.dtype}",

@@ -64,6 +64,9 @@ def compile_command(
     sequence_length: Annotated[int | None, typer.Option(min=1, help="Tokens in each.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Chooses the windows.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory budget, such as 4GiB.")] = None,
+    dump: Annotated[
+        Path | None, typer.Option(help="Write the program before and after each pass here.")
+    ] = None,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no report.")] = False,
 ) -> None:
@@ -87,12 +90,14 @@ def compile_command(
             source = _source(model)
             folder = stack.enter_context(new_folder(out))
         from zeroskip.compile import compile_sparse
+        from zeroskip.passes import DumpPrograms
 
         compiled = compile_sparse(
             source,
             [under(step, folder) for step in plan.passes],
             calibration=batches,
             memory=plan.memory,
+            instruments=[DumpPrograms(dump)] if dump else [],
             progress=not (quiet or as_json),
         )
         compiled.save_pretrained(folder / "checkpoint")

@@ -12,7 +12,7 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tests.zoo import GROUPED, ZOO
+from tests.zoo import GROUPED, TRANSLATION, ZOO
 from zeroskip.ir.capture import cache_disabled, capture
 from zeroskip.ir.checkpoint import open_checkpoint
 from zeroskip.ir.errors import CaptureError
@@ -253,12 +253,16 @@ def caches(model: nn.Module) -> list[tuple[int, bool]]:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_use_cache_is_restored_on_every_configuration(fails: bool) -> None:
-    model: Any = ZOO["t5"].model()
+    model: Any = hf.T5ForConditionalGeneration(
+        hf.T5Config(
+            d_model=16, d_kv=8, d_ff=16, num_heads=2, vocab_size=160, num_layers=1, **TRANSLATION
+        )
+    ).eval()
     # Each half has its own copy; one that was off must not be switched on.
     model.encoder.config.use_cache = False
     model.decoder.config.use_cache = True
     if fails:
-        model.decoder.block[1] = Fails().eval()
+        model.decoder.block[0] = Fails().eval()
     before = caches(model)
     assert {value for _, value in before} == {True, False}
     if fails:

@@ -163,7 +163,9 @@ def test_an_extra_weight_in_a_short_group_is_caught() -> None:
         (Block(2, 3, 0.5), (4, 8), "4x8 cannot be cut into 2x3"),
     ],
 )
-def test_shapes_that_do_not_fit(pattern: SparsityPattern, shape: tuple[int, int], reason: str) -> None:
+def test_shapes_that_do_not_fit(
+    pattern: SparsityPattern, shape: tuple[int, int], reason: str
+) -> None:
     assert reason in str(pattern.refusal(shape))
     with pytest.raises(PatternError, match=reason):
         pattern.project(torch.ones(shape))

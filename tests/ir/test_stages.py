@@ -122,7 +122,13 @@ class Odd(nn.Module):
         hidden = x
         for layer in self.layers:
             hidden = hidden + layer(hidden).relu()
-        return {"y": hidden, "again": hidden, "x": x, "side": x * 2, "constant": self.layers[0].weight + 1}
+        return {
+            "y": hidden,
+            "again": hidden,
+            "x": x,
+            "side": x * 2,
+            "constant": self.layers[0].weight + 1,
+        }
 
 
 def test_outputs_that_no_stage_computes() -> None:

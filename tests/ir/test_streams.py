@@ -74,9 +74,7 @@ def test_every_dtype_survives_the_disk(dtype: torch.dtype, tmp_path: Path) -> No
     st.integers(0, 400),
     st.lists(st.tuples(st.integers(0, 2), st.sampled_from("abc"), st.integers(0, 40)), max_size=20),
 )
-def test_the_budget_holds_after_any_writes(
-    budget: int, writes: list[tuple[int, str, int]]
-) -> None:
+def test_the_budget_holds_after_any_writes(budget: int, writes: list[tuple[int, str, int]]) -> None:
     model: Batches = [{}, {}, {}]
     with Stream([{}, {}, {}], budget) as stream:
         for index, name, size in writes:
@@ -114,9 +112,13 @@ def test_gradients_are_not_kept(tmp_path: Path) -> None:
 
 
 def test_files_are_removed_when_the_work_fails(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="planted"), Stream(batches(), 0, tmp_path):
-        assert list(tmp_path.glob("*/*"))
-        raise ValueError("planted")
+    def work() -> None:
+        with Stream(batches(), 0, tmp_path):
+            assert list(tmp_path.glob("*/*"))
+            raise ValueError("planted")
+
+    with pytest.raises(ValueError, match="planted"):
+        work()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -193,7 +195,8 @@ def test_sizes(text: str | int, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "GiB", "-1GiB", "4 gigs", "1.2.3MB", ".", "1..MB", "4GiBs", "1e9", "nan", "inf", -5]
+    "text",
+    ["", "GiB", "-1GiB", "4 gigs", "1.2.3MB", ".", "1..MB", "4GiBs", "1e9", "nan", "inf", -5],
 )
 def test_what_is_not_a_size(text: str | int) -> None:
     with pytest.raises(CompileError, match="is not a size"):

@@ -201,8 +201,12 @@ def test_include_and_exclude(captured: Callable[[str], Program]) -> None:
 
 def test_one_expert_can_be_named(captured: Callable[[str], Program]) -> None:
     name = "model.layers.0.mlp.experts.down_proj[2]"
-    found = decide(captured("mixtral"), PruneMagnitude("2:4", include=(name.replace("[", "[[]"),)))
-    assert list(found) == [name]
+    everything = decide(captured("mixtral"), PruneMagnitude("2:4"))
+    for pattern in (name, name.replace("[", "[[]")):
+        found = decide(captured("mixtral"), PruneMagnitude("2:4", include=(pattern,)))
+        assert list(found) == [name]
+        rest = decide(captured("mixtral"), PruneMagnitude("2:4", exclude=(pattern,)))
+        assert set(everything) - set(rest) == {name}
 
 
 @pytest.mark.parametrize("pattern", ["4:2", "0:4", "1.5", "-0.1", "half", "2:4:8", "100%", ""])
