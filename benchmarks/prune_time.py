@@ -1,8 +1,9 @@
 """Seconds and peak memory of each pruning method on one model, dense model in, pruned weights out.
 
 Every method runs in a process of its own, so that one's memory is not another's. Resident memory is
-read after the imports, after loading the model, and at its peak; with `--from-disk` nothing is
-loaded and the weights stay in the checkpoint. Linux only (it reads /proc).
+read after the imports, after loading the model, and at its peak. A model that is loaded is mapped:
+its pages become resident when they are first read, and count as memory then. With `--from-disk`
+nothing is loaded and the weights stay in the checkpoint. Linux only (it reads /proc).
 
     python benchmarks/prune_time.py [MODEL] [--methods NAME ...] [--samples 32]
         [--sequence-length 512] [--from-disk] [--threads N] [--memory 4GiB] [--json FILE]

@@ -97,9 +97,18 @@ class RemoveIdleDropout(Pass):
 def tiny_gpt2() -> GPT2LMHeadModel:
     """A GPT-2 of two layers with random weights, the same each time."""
     torch.manual_seed(0)
-    tokens = {"bos_token_id": 1, "eos_token_id": 2}
-    sizes = {"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
-    return GPT2LMHeadModel(GPT2Config(**sizes, **tokens)).eval()
+    config = GPT2Config(
+        vocab_size=256,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = GPT2LMHeadModel(config)
+    model.train(False)
+    return model
 
 
 def main() -> None:
@@ -118,7 +127,7 @@ def main() -> None:
             f"{pruner.name}: density {report.density:.2f}, output drift {report.drift:.3f}, "
             f"dropouts left {len(dropouts)}"
         )
-        return model.transformer.h[1].mlp.c_fc.weight.detach()
+        return model.get_parameter("transformer.h.1.mlp.c_fc.weight").detach()
 
     wanda = weight_after(PruneWanda("2:4"))
     blend = weight_after(PrunePeak("2:4"))

@@ -130,11 +130,6 @@ def unpack_bits(bits: torch.Tensor, shape: torch.Size | tuple[int, ...]) -> torc
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether numpy can see the values; tracers such as torch.compile pass fake tensors."""
-    return type(tensor) is torch.Tensor and tensor.device.type == "cpu"
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether NumPy can read a tensor: it is in main memory, and not one that stands for another."""
     return tensor.device.type == "cpu" and type(tensor) is torch.Tensor
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 import transformers as hf
 from torch import Tensor, nn
-from tests.zoo import GROUPED, SPECIAL, VOCABULARY, ZOO, Inputs, randomize
 
+from tests.zoo import GROUPED, SPECIAL, VOCABULARY, ZOO, Inputs, randomize
 from zeroskip.ir.capture import capture
 from zeroskip.ir.program import Program
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.small import SMALL, small_program
 from torch import fx
 
+from tests.small import SMALL, small_program
 from zeroskip.ir.errors import CompileError, EquivalenceError, RequirementError, VerifyError
 from zeroskip.ir.facts import Masks, SparseWeights, Statistics, same_facts
 from zeroskip.ir.printer import print_program

@@ -295,7 +295,9 @@ def test_training_mode_is_refused() -> None:
 
 @pytest.mark.parametrize("model", [3, None, {"a": 1}])
 def test_what_is_no_model_is_refused(model: Any) -> None:
-    with pytest.raises(CaptureError, match=f"a {type(model).__name__} cannot be compiled") as caught:
+    with pytest.raises(
+        CaptureError, match=f"a {type(model).__name__} cannot be compiled"
+    ) as caught:
         compile_sparse(model, MAGNITUDE)
     assert caught.value.next_step
 

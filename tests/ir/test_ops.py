@@ -106,7 +106,8 @@ def test_exports_as_one_operator() -> None:
 
 def test_masks_that_are_not_bits_are_refused_while_tracing() -> None:
     x, weight, bits, _, _ = case((4, 9), 7, False)
+    bytes_as_int = bits.int()
     with FakeTensorMode() as mode:
-        x, weight, bits = (mode.from_tensor(t) for t in (x, weight, bits.int()))
+        x, weight, bits = (mode.from_tensor(t) for t in (x, weight, bytes_as_int))
         with pytest.raises(TypeError, match="int32, not uint8"):
             masked_linear(x, weight, bits)

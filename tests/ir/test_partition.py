@@ -121,8 +121,8 @@ def test_six_layers() -> None:
     check_cover(program, stages)
 
 
-@pytest.mark.parametrize(("encoder", "decoder"), [(4, 4), (3, 2)])
-def test_deeper_encoder_and_decoder(encoder: int, decoder: int) -> None:
+def test_deeper_encoder_and_decoder() -> None:
+    encoder, decoder = 4, 3
     program = capture(small_t5(encoder, decoder), ZOO["t5"].inputs())
     stages = find_stages(program)
     expected = [(f"encoder.block.{i}",) for i in range(encoder)]
@@ -131,7 +131,7 @@ def test_deeper_encoder_and_decoder(encoder: int, decoder: int) -> None:
     check_cover(program, stages)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
 def test_names_play_no_part(name: str, captured: Callable[[str], Program]) -> None:
     model = ZOO[name].model()
     rename_modules(model)

@@ -33,8 +33,8 @@ def keep(scores: Tensor, pattern: str) -> Tensor:
     return keep_rows(scores, float(pattern))
 
 
-class _Stop(Exception):
-    pass
+class _StopError(Exception):
+    """Ends a forward pass once what enters the first block is known."""
 
 
 class _Catcher(nn.Module):
@@ -53,11 +53,13 @@ class _Catcher(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.caught.append((args, kwargs))
-        raise _Stop
+        raise _StopError
 
 
 @torch.no_grad()
-def wanda(model: nn.Module, blocks: nn.ModuleList, batches: Batches, pattern: str) -> dict[str, Tensor]:
+def wanda(
+    model: nn.Module, blocks: nn.ModuleList, batches: Batches, pattern: str
+) -> dict[str, Tensor]:
     """Prunes a live model block by block, and returns what it kept by parameter name.
 
     All linears of a block are scored on what enters them while the block is unpruned and the
@@ -69,7 +71,7 @@ def wanda(model: nn.Module, blocks: nn.ModuleList, batches: Batches, pattern: st
     for batch in batches:
         try:
             model(**batch, use_cache=False)
-        except _Stop:
+        except _StopError:
             continue
     blocks[0] = first
     hidden = [args[0] for args, _ in catcher.caught]
@@ -77,17 +79,8 @@ def wanda(model: nn.Module, blocks: nn.ModuleList, batches: Batches, pattern: st
     tokens = [batch["attention_mask"].bool().reshape(-1) for batch in batches]
     kept: dict[str, Tensor] = {}
     for block in blocks:
-
-        def forward(block: nn.Module = block) -> list[Tensor]:
-            outputs = []
-            for x, (args, kwargs), mask in zip(hidden, rest, tokens, strict=True):
-                sums.mask = mask
-                y = block(x, *args, **kwargs)
-                outputs.append(y[0] if isinstance(y, tuple) else y)
-            return outputs
-
         sums = _Sums(block)
-        forward()
+        _run(block, hidden, rest, tokens, sums)
         sums.remove()
         for weight, expert, rms in sums.found():
             matrix = weight if expert is None else weight[expert]
@@ -96,8 +89,23 @@ def wanda(model: nn.Module, blocks: nn.ModuleList, batches: Batches, pattern: st
             name = names[id(weight)] + ("" if expert is None else f"[{expert}]")
             kept[name] = mask
             matrix.mul_(mask)
-        hidden = forward()
+        hidden = _run(block, hidden, rest, tokens, sums)
     return kept
+
+
+def _run(
+    block: nn.Module,
+    hidden: list[Tensor],
+    rest: list[tuple[Any, Any]],
+    tokens: list[Tensor],
+    sums: _Sums,
+) -> list[Tensor]:
+    outputs = []
+    for x, (args, kwargs), mask in zip(hidden, rest, tokens, strict=True):
+        sums.mask = mask
+        y = block(x, *args, **kwargs)
+        outputs.append(y[0] if isinstance(y, tuple) else y)
+    return outputs
 
 
 class _Sums:

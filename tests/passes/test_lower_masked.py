@@ -18,7 +18,14 @@ from zeroskip.ir.linears import find_linears
 from zeroskip.ir.printer import print_program
 from zeroskip.ir.program import Program, attribute
 from zeroskip.ir.weights import pack_bits, unpack_bits
-from zeroskip.passes import ApplyMasks, LowerMasked, Observe, PassManager, PruneMagnitude, PruneWanda
+from zeroskip.passes import (
+    ApplyMasks,
+    LowerMasked,
+    Observe,
+    PassManager,
+    PruneMagnitude,
+    PruneWanda,
+)
 
 Spelling = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Each as (shape of the weight, rank of x, operator in the graph, the product).

@@ -6,13 +6,13 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from tests.passes import references
 import torch
 import transformers as hf
-from tests.small import small_program
 from torch import nn
-from tests.zoo import ZOO
 
+from tests.passes import references
+from tests.small import small_program
+from tests.zoo import ZOO
 from zeroskip import calibration_from_text, compile_sparse
 from zeroskip.ir.capture import capture
 from zeroskip.ir.errors import CalibrationError, CompileError, PatternError, RequirementError

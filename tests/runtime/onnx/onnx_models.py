@@ -43,13 +43,9 @@ def logits_of(model: nn.Module) -> Callable[[dict[str, torch.Tensor]], list[torc
 
 
 def export_entry(name: str, target: Path) -> Exported:
-    """Exports a model of the zoo in the form that fits it, compared with the model or its program."""
+    """Exports a model of the zoo as it was captured, compared with its program."""
     entry = ZOO[name]
     model = entry.model()
-    if entry.kind == "causal-lm":
-        weights, reference = parameters(model), logits_of(model)
-        artifact = export_onnx(target, weights=weights, reference=reference, model=model)
-        return Exported(model, artifact)
     program = capture(model, entry.inputs())
     artifact = export_onnx(
         target,

@@ -82,7 +82,10 @@ def test_a_full_target_is_refused(tmp_path: Path) -> None:
 
 def test_an_unwritable_target_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match="cannot be written"), new_folder(tmp_path / "file" / "out"):
+    with (
+        pytest.raises(ArtifactError, match="cannot be written"),
+        new_folder(tmp_path / "file" / "out"),
+    ):
         pass
 
 
