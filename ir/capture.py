@@ -12,6 +12,7 @@ import contextlib
 import logging
 import operator
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -181,12 +182,14 @@ def _varying_axes(value: Any) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps torch.export's own log of a failed attempt off the user's screen."""
+    """Keeps torch.export's own log of a failed attempt, and its warnings, off the user's screen."""
     logger = logging.getLogger("torch")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|copyreg")
+            yield
     finally:
         logger.setLevel(before)
 

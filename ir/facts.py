@@ -98,6 +98,17 @@ class EdgeStatistics:
     abs_max: torch.Tensor
     gram: torch.Tensor | None = None
 
+    def __add__(self, other: EdgeStatistics) -> EdgeStatistics:
+        """Returns the statistics of both edges' tokens together."""
+        both = self.gram is not None and other.gram is not None
+        return EdgeStatistics(
+            count=self.count + other.count,
+            total=self.total + other.total,
+            total_of_squares=self.total_of_squares + other.total_of_squares,
+            abs_max=torch.maximum(self.abs_max, other.abs_max),
+            gram=self.gram + other.gram if both else None,  # type: ignore[operator]
+        )
+
     def root_mean_square(self) -> torch.Tensor:
         """Returns sqrt(E[x^2]), float32 [in]; zeros when no token was seen."""
         return (self.total_of_squares / max(self.count, 1)).sqrt().float()

@@ -214,18 +214,21 @@ def find_roles(program: Program) -> Roles:
     """Finds output heads, expert routers and shared weights from the graph alone.
 
     A head is a linear whose output reaches a program output through element-wise operators and
-    data movement only, and is as wide as a table that integer inputs index (the vocabulary). A
+    data movement only, and is as wide as the largest embedding table (the vocabulary), or tied to one. A
     router is a linear whose output is ranked by top-k before anything multiplies by a parameter.
     """
-    vocabularies = {
-        int(program.weights.source(name).shape[0])
+    tables = {
+        name: int(program.weights.source(name).shape[0])
         for node in program.graph.find_nodes(op="call_function", target=aten.embedding.default)
         if (name := str(getattr(node.args[0], "target", ""))) in program.weights
     }
+    # The vocabulary is the largest table: a table of two token types is as wide as two labels.
+    vocabulary = max(tables.values(), default=None)
     heads, routers, shared = set(), set(), set()
     for linear in find_linears(program):
         outputs = [use.node for use in linear.uses]
-        if linear.out_features in vocabularies and _reaches(outputs, _is_output, _carries):
+        as_wide = linear.out_features == vocabulary or linear.parameter in tables
+        if as_wide and _reaches(outputs, _is_output, _carries):
             heads.add(linear.name)
         if _reaches(outputs, _is_ranking, _carries):
             routers.add(linear.name)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -246,13 +248,17 @@ def read_observers(observed: Program, linears: Iterable[Linear], program: Progra
         if isinstance(module, Observer):
             by_use.update({user.name: module for user in node.users})
     edges: dict[str, EdgeStatistics] = {}
-    cached: dict[tuple[int, int], EdgeStatistics] = {}
+    cached: dict[tuple[int, ...], EdgeStatistics] = {}
     for linear in linears:
-        observer = by_use[linear.uses[0].node.name]
-        key = (id(observer), linear.expert or 0)
+        # A shared weight has several uses; what enters any of them counts.
+        seen = list(dict.fromkeys(by_use[use.node.name] for use in linear.uses))
+        expert = linear.expert or 0
+        key = (expert, *map(id, seen))
         if key not in cached:
             try:
-                cached[key] = observer.statistics(linear.expert or 0)
+                cached[key] = functools.reduce(
+                    operator.add, (observer.statistics(expert) for observer in seen)
+                )
             except CalibrationError as error:
                 error.where = linear.name
                 raise

@@ -42,6 +42,8 @@ def _(
     mask_bits: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x is {x.shape[-1]} wide, the weight {weight.shape[1]}")
     if mask_bits.dtype != torch.uint8:
         raise TypeError(f"mask_bits is {mask_bits.dtype}, not uint8")
     return x.new_empty((*x.shape[:-1], weight.shape[0]))

@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from zeroskip.ir.dataflow import Dependence, find_dependence
+from zeroskip.ir.linears import find_linears
 from zeroskip.ir.program import Program
 
 
@@ -84,7 +85,25 @@ def find_stages(program: Program) -> list[Stage]:
         groups = [order]
     else:
         groups += _between(segments[position:])
-    return _stages(groups, dependence)
+    return _stages(_join_shared(groups, program), dependence)
+
+
+def _join_shared(groups: list[list[fx.Node]], program: Program) -> list[list[fx.Node]]:
+    """Joins groups, and all between them, that multiply by the same weight.
+
+    Such a weight can be pruned once only, on what enters all of its uses.
+    """
+    place = {node: k for k, group in enumerate(groups) for node in group}
+    joined = list(range(len(groups)))
+    for uses in {linear.parameter: linear.uses for linear in find_linears(program)}.values():
+        places = [place[use.node] for use in uses if use.node in place]
+        if places and min(places) < max(places):
+            spanned = set(joined[min(places) : max(places) + 1])
+            joined = [min(spanned) if k in spanned else k for k in joined]
+    result: dict[int, list[fx.Node]] = {}
+    for k, group in enumerate(groups):
+        result.setdefault(joined[k], []).extend(group)
+    return list(result.values())
 
 
 def _between(segments: Sequence[list[fx.Node]]) -> list[list[fx.Node]]:

@@ -3,10 +3,11 @@
 A rule says what to look for, when to refuse, and what to put there::
 
     def found(x, w):            return aten.relu.default(aten.linear.default(x, w))
-    def check(match):           return Refusal("w is shared", node) or None
+    def check(match):           return "w is shared" if ... else None
     def put(editor, x, w):      return editor.call(aten.my_op.default, x, w)
 
-Matched values are bound by parameter name. A refused match is data: a reason and a node.
+Matched values, nodes or literals, are bound by parameter name. A refused match is data: a `Refusal`
+with a reason and a node.
 """
 
 from __future__ import annotations

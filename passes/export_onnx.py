@@ -71,6 +71,7 @@ class ExportOnnx(Pass):
 
         # onnx and onnxruntime are large: who does not export does not load them.
         from zeroskip.runtime.onnx.export import export_onnx
+        from zeroskip.runtime.onnx.parity import CACHE_CASES
 
         def reference(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
             return list(program.run({name: inputs[name] for name in program.inputs}).values())
@@ -78,6 +79,8 @@ class ExportOnnx(Pass):
         def lower(graph_module: fx.GraphModule) -> fx.GraphModule:
             return _lowered_like(program, graph_module)
 
+        # A program without a mask cannot say what a padded batch should give.
+        cases = [case for case in CACHE_CASES if program.padding_masks or not case.padding]
         export_onnx(
             self.directory,
             weights=program.weights,
@@ -92,6 +95,7 @@ class ExportOnnx(Pass):
             external_data_threshold=parse_bytes(self.external_data_threshold),
             sparse_initializers=self.sparse_initializers,
             tokenizer_source=self.tokenizer or _own_folder(program.model),
+            cache_cases=cases,
             parity_limit=self.parity_limit or _limit(program),
         )
         return program

@@ -37,6 +37,7 @@ class PruneMagnitude(Pruner):
     """
 
     name = "prune-magnitude"
+    compares_globally = True
 
     @property
     def scope(self) -> Scope:

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from zeroskip.ir.errors import PatternError, RequirementError
+from zeroskip.ir.errors import RequirementError
 from zeroskip.ir.facts import Statistics
 from zeroskip.ir.linears import Linear
-from zeroskip.ir.patterns import Unstructured, parse_pattern
 from zeroskip.ir.program import Program
 from zeroskip.passes.pruner import Pruner
 
@@ -41,16 +40,6 @@ class PruneWanda(Pruner):
 
     name = "prune-wanda"
     requires = (Statistics,)
-
-    def check(self, program: Program) -> None:
-        pattern = parse_pattern(self.pattern)
-        if isinstance(pattern, Unstructured) and pattern.comparison == "global":
-            raise PatternError(
-                "Wanda scores of different linears are not comparable",
-                pass_name=self.name,
-                next_step='use "50%" (per row) or "50% matrix"',
-            )
-        super().check(program)
 
     def scores(self, program: Program, linear: Linear, weight: torch.Tensor) -> torch.Tensor:
         edge = program.fact(Statistics).edges.get(linear.name)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 
 from zeroskip.ir.errors import CompileError, PatternError
 from zeroskip.ir.facts import Mask, Masks
 from zeroskip.ir.linears import Linear, check_selection, select_linears
-from zeroskip.ir.patterns import SparsityPattern, parse_pattern
+from zeroskip.ir.patterns import SparsityPattern, Unstructured, parse_pattern
 from zeroskip.ir.program import Program
 from zeroskip.ir.weights import pack_bits
 from zeroskip.passes.base import Pass, Scope
@@ -33,6 +33,7 @@ class Pruner(Pass):
     exclude: tuple[str, ...] = ()
 
     provides = (Masks,)
+    compares_globally: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         # One text for one pattern, so that equal passes compare and write equal.
@@ -56,6 +57,13 @@ class Pruner(Pass):
         """Refuses a pattern that does not fit one of the linears, before anything runs."""
         check_selection(program, self.include, self.exclude)
         pattern = parse_pattern(self.pattern)
+        is_global = isinstance(pattern, Unstructured) and pattern.comparison == "global"
+        if is_global and not self.compares_globally:
+            raise PatternError(
+                f"{self.name} scores each linear on a scale of its own; {pattern} compares them",
+                pass_name=self.name,
+                next_step='use "50%" (per row) or "50% matrix"',
+            )
         for linear in select_linears(program, self.include, self.exclude):
             reason = pattern.refusal(linear.shape)
             if reason is not None:

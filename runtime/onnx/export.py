@@ -84,6 +84,7 @@ def export_onnx(
     external_data_threshold: int = EXTERNAL_DATA_THRESHOLD,
     sparse_initializers: bool = False,
     tokenizer_source: object | None = None,
+    cache_cases: Sequence[CacheCase] = CACHE_CASES,
     parity_cases: Sequence[CacheCase] | Sequence[Inputs] | None = None,
     parity_limit: float = LIMIT,
     reference_takes_positions: bool = False,
@@ -110,7 +111,8 @@ def export_onnx(
         external_data_threshold: Bytes of weights from which on they get a file of their own.
         sparse_initializers: See `save_model`.
         tokenizer_source: A tokenizer, or the directory of one, to put beside the model.
-        parity_cases: Instead of the default sizes.
+        cache_cases: The default sizes of the cache form.
+        parity_cases: Instead of the default sizes of either form.
         parity_limit: Largest relative distance that is accepted.
         reference_takes_positions: See `check_parity`.
 
@@ -164,7 +166,7 @@ def export_onnx(
             opened = OnnxModel(folder)
             cases = parity_cases
             if cases is None:
-                cases = CACHE_CASES if geometry else plain_cases(opened, example_inputs or {})
+                cases = cache_cases if geometry else plain_cases(opened, example_inputs or {})
             parity = check_parity(
                 opened,
                 reference,
