@@ -22,8 +22,8 @@ from torch.utils import _pytree as pytree
 
 from zeroskip.ir.dataflow import is_view
 from zeroskip.ir.errors import CaptureError
-from zeroskip.ir.linears import find_roles
 from zeroskip.ir.program import Batch, Program
+from zeroskip.ir.selection import find_roles
 from zeroskip.ir.weights import Weights
 
 aten = torch.ops.aten

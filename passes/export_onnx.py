@@ -12,8 +12,8 @@ from torch import fx
 from zeroskip.ir.errors import LoweringError
 from zeroskip.ir.facts import Lowered, SparseWeights
 from zeroskip.ir.folders import check_target
-from zeroskip.ir.linears import find_roles
 from zeroskip.ir.program import Program, bind_parameter, copy_graph_module
+from zeroskip.ir.selection import find_roles
 from zeroskip.ir.streams import parse_bytes
 from zeroskip.ir.weights import InMemory
 from zeroskip.passes.base import Pass

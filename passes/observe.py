@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from zeroskip.ir.errors import CalibrationError
 from zeroskip.ir.facts import Statistics
-from zeroskip.ir.linears import check_selection, select_linears
 from zeroskip.ir.observers import insert_observers, read_observers
 from zeroskip.ir.program import Program
+from zeroskip.ir.selection import check_selection, select_linears
 from zeroskip.passes.base import Pass, Scope
 
 

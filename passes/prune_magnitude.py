@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from zeroskip.ir.facts import Mask, Masks
-from zeroskip.ir.linears import Linear, select_linears
+from zeroskip.ir.linears import Linear
 from zeroskip.ir.patterns import Unstructured, parse_pattern, pruned_count
 from zeroskip.ir.program import Program
+from zeroskip.ir.selection import select_linears
 from zeroskip.ir.weights import pack_bits
 from zeroskip.passes.base import Scope
 from zeroskip.passes.pruner import Pruner

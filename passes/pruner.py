@@ -10,9 +10,10 @@ import torch
 
 from zeroskip.ir.errors import CompileError, PatternError
 from zeroskip.ir.facts import Mask, Masks
-from zeroskip.ir.linears import Linear, check_selection, select_linears
+from zeroskip.ir.linears import Linear
 from zeroskip.ir.patterns import SparsityPattern, Unstructured, parse_pattern
 from zeroskip.ir.program import Program
+from zeroskip.ir.selection import check_selection, select_linears
 from zeroskip.ir.weights import pack_bits
 from zeroskip.passes.base import Pass, Scope
 

@@ -16,15 +16,9 @@ from tests.zoo import ZOO
 from zeroskip.ir.capture import capture
 from zeroskip.ir.errors import CompileError
 from zeroskip.ir.facts import Roles
-from zeroskip.ir.linears import (
-    Linear,
-    check_selection,
-    find_linears,
-    find_roles,
-    masked_sources,
-    select_linears,
-)
+from zeroskip.ir.linears import Linear, find_linears, masked_sources
 from zeroskip.ir.program import Program
+from zeroskip.ir.selection import check_selection, find_roles, select_linears
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -125,23 +125,24 @@ def test_gram_is_recorded_only_when_asked_for() -> None:
     assert all(e.gram is not None for e in observe(program, Observe(gram=True)).edges.values())
 
 
-def test_a_tied_weight_has_the_statistics_of_its_first_use() -> None:
+def test_a_tied_weight_has_the_statistics_of_all_that_enters_it() -> None:
     program = small_program("mlp")
     (up,) = [linear for linear in find_linears(program) if linear.name == "up.weight"]
     assert len(up.uses) == 2
     edge = observe(program, Observe()).edges["up.weight"]
-    first = rows_entering(small_model("mlp"), program, "up.weight")
-    assert edge.count == len(first)
-    torch.testing.assert_close(edge.total_of_squares, (first**2).sum(0), rtol=1e-6, atol=0)
+    model = small_model("mlp")
+    rows = torch.cat([rows_entering(model, program, name) for name in ("up", "again")])
+    assert edge.count == len(rows)
+    torch.testing.assert_close(edge.total_of_squares, (rows**2).sum(0), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_activations_that_are_not_finite_are_refused(value: float) -> None:
     program = small_program("mlp")
-    bias = program.weights["up.bias"].clone()
+    bias = program.weights["again.bias"].clone()
     bias[3] = value
     with pytest.raises(CalibrationError, match="first in channel 3") as caught:
-        observe(program.with_weights({"up.bias": bias}), Observe())
+        observe(program.with_weights({"again.bias": bias}), Observe())
     assert caught.value.where == "down.weight"
     assert caught.value.pass_name == "observe"
     assert caught.value.next_step

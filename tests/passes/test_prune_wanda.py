@@ -126,7 +126,7 @@ def test_an_overflowing_score_is_refused() -> None:
 
 
 def test_comparison_across_linears_is_refused() -> None:
-    with pytest.raises(PatternError, match="not comparable") as caught:
+    with pytest.raises(PatternError, match="on a scale of its own") as caught:
         PassManager([Observe(), PruneWanda("50% global")])(small_program("mlp"))
     assert caught.value.pass_name == "prune-wanda"
     assert "50% matrix" in str(caught.value.next_step)
