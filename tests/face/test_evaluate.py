@@ -10,8 +10,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from zeroskip.compile import compile_sparse
 from zeroskip.evaluate import perplexity, windows
-from zeroskip.passes import ApplyMasks, PruneMagnitude
 from zeroskip.ir.errors import EvaluationError
+from zeroskip.passes import ApplyMasks, PruneMagnitude
 
 IDS = torch.randint(256, (301,), generator=torch.Generator().manual_seed(3))
 
