@@ -121,11 +121,21 @@ class Program:
             The outputs by name, in order.
 
         Raises:
-            CompileError: An input is missing or unknown.
+            CompileError: An input is missing, unknown or of another shape, or an operator refuses
+                its values (a sequence longer than the table of positions, say).
         """
         self.check_inputs(inputs)
-        with torch.no_grad():
-            values = _Runner(self).run(*(inputs[name] for name in self.inputs))
+        runner = _Runner(self)
+        try:
+            with torch.no_grad():
+                values = runner.run(*(inputs[name] for name in self.inputs))
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            shapes = {name: tuple(inputs[name].shape) for name in self.inputs}
+            raise CompileError(
+                f"the program cannot run on inputs of shape {shapes}: {error}",
+                where=runner.place(),
+                next_step="check the sizes and values of the inputs against what the model takes",
+            ) from error
         return dict(zip(self.outputs, values, strict=True))
 
     def loaded(self) -> Program:
@@ -194,8 +204,20 @@ class _Runner(fx.Interpreter):
     def __init__(self, program: Program) -> None:
         super().__init__(program.graph_module)
         self._weights = program.weights
-        # The interpreter's own message (it names the node) is enough; it must not print as well.
-        self.extra_traceback = False
+        self.extra_traceback = False  # `run` names the node itself.
+        self._current: fx.Node | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        self._current = n
+        return super().run_node(n)
+
+    def place(self) -> str | None:
+        """Names the operator that was running, and the module that it was traced in."""
+        if self._current is None:
+            return None
+        stack = list((self._current.meta.get("nn_module_stack") or {}).values())
+        module = f" in {stack[-1][0]}" if stack and stack[-1][0] else ""
+        return f"{self._current.name} ({self._current.target}){module}"
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target in self._weights:

@@ -187,7 +187,8 @@ class PassManager:
                 for number in numbers:
                     part = self._run(part, number, records, stage.name)
                 rewired |= graph_text(part) != graph_text(before)
-                parts.append(part)
+                # Only the graph is stitched in: the activations of a finished stage may go.
+                parts.append(dataclasses.replace(part, example_inputs={}, calibration=()))
                 current = _commit(current, before, part)
                 if k < last:
                     _propagate(part, stream, stages[k + 1 :], program.inputs)
@@ -206,9 +207,10 @@ class PassManager:
         base = stitch_stages(program, parts) if parts else program
         result = base.with_weights(known).with_fact(*current.facts.values())
         steps = [self.passes[number] for number in numbers]
-        stale = {kind for step in steps for kind in step.invalidates}
-        renewed = {kind for step in steps for kind in step.provides}
-        result = result.without_facts(stale - renewed)
+        stale: set[type[Fact]] = set()
+        for step in steps:
+            stale = (stale | set(step.invalidates)) - set(step.provides)
+        result = result.without_facts(stale)
         verify(result, after=steps[-1].name)
         if changed and not any(step.lossy for step in steps):
             prove_equivalent(program, result, ", ".join(step.name for step in steps))

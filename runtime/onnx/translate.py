@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -151,7 +152,10 @@ def _quiet() -> Iterator[None]:
     try:
         for logger, _ in saved:
             logger.setLevel(logging.ERROR)
-        yield
+        with warnings.catch_warnings():
+            # torch.export copies its own deprecated tree specs.
+            warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
+            yield
     finally:
         for logger, level in saved:
             logger.setLevel(level)

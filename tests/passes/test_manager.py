@@ -316,3 +316,12 @@ def test_records_add_up(llama: Program) -> None:
     assert apply.drift > 0.01
     assert all(record.modified for record in result.records)
     assert 0 < sum(record.seconds for record in result.records) <= result.seconds
+
+
+def test_a_fact_that_was_known_before_is_gone_when_a_streamed_run_invalidates_it(
+    llama: Program,
+) -> None:
+    observed = PassManager([Observe()])(llama).program
+    assert Statistics in observed.facts
+    pruned = PassManager([PruneWanda("2:4"), ApplyMasks()])(observed).program
+    assert Statistics not in pruned.facts
