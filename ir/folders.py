@@ -31,9 +31,9 @@ def check_target(target: Path) -> None:
         above = above.parent
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise ArtifactError(
-            "the folder cannot be written",
-            where=str(above),
-            next_step="choose a folder that you may write to",
+            f"the folder cannot be written: {above} is no folder that you may write to",
+            where=str(target),
+            next_step="choose another folder",
         )
 
 

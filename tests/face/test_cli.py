@@ -130,7 +130,7 @@ def test_an_occupied_folder_is_left_alone(
     (out / "mine.txt").write_text("precious", encoding="utf-8")
     code, _, stderr = run(capsys, "compile", checkpoint, "-r", recipe, "-o", out)
     assert code == 2
-    assert "holds something already" in stderr
+    assert "already holds something" in stderr
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
 
 
