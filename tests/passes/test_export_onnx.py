@@ -67,7 +67,8 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(
         os, "access", lambda path, mode: Path(path) != tmp_path and access(path, mode)
     )
     error = assert_refused_at_once(ExportOnnx(tmp_path / "deep" / "out"), "cannot be written")
-    assert error.where == str(tmp_path)
+    assert error.where == str(tmp_path / "deep" / "out")
+    assert str(tmp_path) in error.problem
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
