@@ -79,8 +79,8 @@ def capture(
 
 
 @contextlib.contextmanager
-def cache_disabled(model: torch.nn.Module) -> Iterator[None]:
-    """Sets `use_cache=False` on every configuration of a model, and restores it in any case.
+def cache_set_to(use_cache: bool, model: torch.nn.Module) -> Iterator[None]:
+    """Sets `use_cache` on every configuration of a model, and restores it in any case.
 
     Encoder-decoder models copy their configuration into each half, so the model's own is not enough.
     """
@@ -92,11 +92,16 @@ def cache_disabled(model: torch.nn.Module) -> Iterator[None]:
     before = [(c, c.use_cache) for c in configurations.values()]
     try:
         for configuration, _ in before:
-            configuration.use_cache = False
+            configuration.use_cache = use_cache
         yield
     finally:
         for configuration, value in before:
             configuration.use_cache = value
+
+
+def cache_disabled(model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Runs a block with `use_cache=False`: the graph to analyse returns no cache."""
+    return cache_set_to(False, model)
 
 
 def _export(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from zeroskip.ir.capture import cache_set_to
 from zeroskip.ir.errors import LoweringError
 
 BATCH, SEQUENCE = 2, 3
@@ -147,15 +147,6 @@ def same_mode(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-@contextlib.contextmanager
-def caching(model: nn.Module) -> Iterator[None]:
-    """Sets `use_cache` on the configuration of every submodule (T5 copies its own); restores it."""
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    saved = [(c, c.use_cache) for c in configs.values() if hasattr(c, "use_cache")]
-    try:
-        for config, _ in saved:
-            config.use_cache = True
-        yield
-    finally:
-        for config, value in saved:
-            config.use_cache = value
+def caching(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Runs a block with `use_cache=True` on every configuration of the model."""
+    return cache_set_to(True, model)

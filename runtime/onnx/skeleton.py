@@ -12,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from zeroskip.ir.errors import LoweringError
+from zeroskip.ir.program import attribute
 
 NARROW = (torch.bfloat16, torch.float16)
 
@@ -66,7 +67,7 @@ def strip_data(
         node.args = pytree.tree_map(_widen, node.args)
         node.kwargs = pytree.tree_map(_widen, node.kwargs)
         if node.op == "get_attr":
-            value = _attribute(graph_module, node.target)
+            value = attribute(graph_module, node.target)
             if node.target in bound:
                 node.target = bound[node.target]
                 attributes[node.target] = torch.nn.Parameter(without_data(value), False)
@@ -82,7 +83,7 @@ def _bound_names(
 ) -> dict[str, str]:
     """Maps every name of a parameter that the graph reads to the one name that `weights` knows."""
     targets = [str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"]
-    values = {target: _attribute(graph_module, target) for target in dict.fromkeys(targets)}
+    values = {target: attribute(graph_module, target) for target in dict.fromkeys(targets)}
     every_name = dict(graph_module.named_parameters(remove_duplicate=False))
     bound = {}
     for target, value in values.items():
@@ -99,13 +100,6 @@ def _bound_names(
                 next_step="pass weights that hold every parameter of the graph by its name",
             )
     return bound
-
-
-def _attribute(graph_module: torch.fx.GraphModule, target: str) -> Any:
-    value: Any = graph_module
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _constant(name: str, value: Any) -> Any:
