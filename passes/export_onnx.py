@@ -94,7 +94,7 @@ class ExportOnnx(Pass):
             opset=self.opset,
             external_data_threshold=parse_bytes(self.external_data_threshold),
             sparse_initializers=self.sparse_initializers,
-            tokenizer_source=self.tokenizer or _own_folder(program.model),
+            tokenizer_source=self.tokenizer or _own_tokenizer(program.model),
             cache_cases=cases,
             parity_limit=self.parity_limit or _limit(program),
         )
@@ -139,6 +139,11 @@ def _lowered_like(program: Program, graph_module: fx.GraphModule) -> fx.GraphMod
     return lowered
 
 
-def _own_folder(model: torch.nn.Module | None) -> Path | None:
+def _own_tokenizer(model: torch.nn.Module | None) -> Path | None:
+    """Where the model was loaded from, if that is a folder with a tokenizer in it."""
+    from zeroskip.runtime.onnx.folder import TOKENIZER_FILES
+
     name = getattr(getattr(model, "config", None), "_name_or_path", "")
-    return Path(name) if name and Path(name).is_dir() else None
+    folder = Path(name)
+    has_one = name and any((folder / file).is_file() for file in TOKENIZER_FILES)
+    return folder if has_one else None

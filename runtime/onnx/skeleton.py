@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import transformers.integrations.moe  # noqa: F401  (registers transformers::grouped_mm_fallback)
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
@@ -14,6 +15,10 @@ from torch.utils import _pytree as pytree
 from zeroskip.ir.errors import LoweringError
 from zeroskip.ir.program import attribute
 
+# The experts' grouped product computes in bfloat16 only; its float32 form has the same arguments.
+WIDER_FORMS: dict[Any, Any] = {
+    torch.ops.aten._grouped_mm.default: torch.ops.transformers.grouped_mm_fallback.default
+}
 NARROW = (torch.bfloat16, torch.float16)
 
 
@@ -66,6 +71,7 @@ def strip_data(
         # Dtypes are constants of the graph wherever the model spelt one out, as in x.to(bfloat16).
         node.args = pytree.tree_map(_widen, node.args)
         node.kwargs = pytree.tree_map(_widen, node.kwargs)
+        node.target = WIDER_FORMS.get(node.target, node.target)
         if node.op == "get_attr":
             value = attribute(graph_module, node.target)
             if node.target in bound:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 from tests.small import small_program
+from tests.zoo import ZOO
+from zeroskip import compile_sparse
 from zeroskip.ir.errors import ArtifactError, CompileError, LoweringError
 from zeroskip.ir.facts import Lowered
 from zeroskip.ir.program import Program
@@ -22,6 +25,7 @@ from zeroskip.passes import (
     Pass,
     PassManager,
     PruneMagnitude,
+    PruneWanda,
 )
 from zeroskip.runtime.onnx.session import OnnxModel
 
@@ -95,3 +99,20 @@ def test_a_lowered_module_is_exported(tmp_path: Path) -> None:
     (found,) = OnnxModel(folder, threads=1).run(inputs).values()
     (expected,) = exported.run(inputs).values()
     torch.testing.assert_close(found, expected)
+
+
+def test_a_bfloat16_checkpoint_without_a_tokenizer_is_exported_from_disk(tmp_path: Path) -> None:
+    """Experts in bfloat16 use an operator that has no float32 form; the file is float32."""
+    entry = ZOO["mixtral"]
+    entry.model(dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    ids = torch.arange(3, 35).view(2, 16)
+    compiled = compile_sparse(
+        tmp_path / "model",
+        passes=[Observe(), PruneWanda("2:4"), ApplyMasks(), ExportOnnx(tmp_path / "onnx")],
+        calibration=[ids],  # No mask: the padded parity case does not apply.
+    )
+    assert compiled.report.density == 0.5
+    parity = json.loads((tmp_path / "onnx" / "zeroskip_parity.json").read_text())
+    assert len(parity["cases"]) == 4
+    assert parity["worst"] <= parity["limit"]
+    assert not list((tmp_path / "onnx").glob("tokenizer*"))
