@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 
 from tests.passes import references
 from tests.small import small_program
@@ -16,6 +18,8 @@ from zeroskip.ir.facts import Masks, Roles
 from zeroskip.ir.linears import find_linears
 from zeroskip.ir.program import Program
 from zeroskip.passes import ApplyMasks, Observe, Pass, PassManager, PruneMagnitude, PruneWanda
+
+REAL = Path(__file__).parents[2] / "models" / "smollm2-135m-instruct"
 
 
 def decide(program: Program, step: Pass) -> dict[str, torch.Tensor]:
@@ -39,6 +43,20 @@ def magnitudes(program: Program) -> dict[str, torch.Tensor]:
 def with_up(weight: torch.Tensor) -> Program:
     """Returns the small mlp with another 24 x 16 weight."""
     return small_program("mlp").with_weights({"up.weight": weight})
+
+
+@pytest.mark.real
+def test_masks_of_a_real_model() -> None:
+    assert REAL.is_dir(), f"{REAL} is missing: run `make models`"
+    model = hf.AutoModelForCausalLM.from_pretrained(REAL, dtype=torch.float32).eval()
+    model.model.layers = model.model.layers[:10]
+    model.config.num_hidden_layers = 10
+    program = capture(model, {"input_ids": torch.arange(18).view(2, 9)})
+    expected = magnitudes(program)
+    assert len(expected) == 70
+    for pattern in ("0.5", "2:4"):
+        for name, kept in decide(program, PruneMagnitude(pattern)).items():
+            assert torch.equal(kept, references.keep(expected[name], pattern)), name
 
 
 @pytest.mark.parametrize("pattern", ["0.5", "2:4", "4:8"])
