@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from zeroskip.ir.dataflow import is_view
 from zeroskip.ir.errors import CaptureError
-from zeroskip.ir.program import Batch, Program
+from zeroskip.ir.program import Batch, Program, attribute, holder
 from zeroskip.ir.selection import find_roles
 from zeroskip.ir.weights import Weights
 
@@ -303,9 +303,7 @@ def _unify_parameters(graph_module: fx.GraphModule, model: torch.nn.Module) -> N
     canonical.update({id(b): name for name, b in model.named_buffers() if id(b) not in canonical})
     first: dict[str, fx.Node] = {}
     for node in graph_module.graph.find_nodes(op="get_attr"):
-        value: Any = graph_module
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
+        value = attribute(graph_module, str(node.target))
         name = canonical.get(id(value), str(node.target))
         if name in first:
             node.replace_all_uses_with(first[name])
@@ -313,12 +311,7 @@ def _unify_parameters(graph_module: fx.GraphModule, model: torch.nn.Module) -> N
             continue
         first[name] = node
         if name != node.target:
-            owner: torch.nn.Module = graph_module
-            *path, leaf = name.split(".")
-            for part in path:
-                if part not in owner._modules:
-                    owner.add_module(part, torch.nn.Module())
-                owner = owner.get_submodule(part)
+            owner, leaf = holder(graph_module, name)
             setattr(owner, leaf, value)
             node.target = name
 

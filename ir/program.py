@@ -247,14 +247,20 @@ def bind_parameter(module: fx.GraphModule, name: str, source: Source) -> None:
         tensor = torch.empty(source.shape, dtype=source.dtype, device="meta")
     if not isinstance(tensor, torch.nn.Parameter):
         tensor = torch.nn.Parameter(tensor, requires_grad=False)
+    owner, leaf = holder(module, name)
+    owner._buffers.pop(leaf, None)
+    owner._parameters[leaf] = tensor
+
+
+def holder(module: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+    """Returns the container that holds a dotted name, made where it is missing, and the last part."""
     *path, leaf = name.split(".")
-    owner: torch.nn.Module = module
+    owner = module
     for part in path:
         if part not in owner._modules:
             owner.add_module(part, torch.nn.Module())
         owner = owner.get_submodule(part)
-    owner._buffers.pop(leaf, None)
-    owner._parameters[leaf] = tensor
+    return owner, leaf
 
 
 def attribute(module: torch.nn.Module, target: str) -> Any:

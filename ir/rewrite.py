@@ -22,7 +22,7 @@ from torch import fx
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from zeroskip.ir.program import Program
+from zeroskip.ir.program import Program, holder
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,7 @@ class Editor:
 
     def constant(self, name: str, value: torch.Tensor) -> fx.Node:
         """Adds a buffer of the program and reads it."""
-        module: torch.nn.Module = self._program.graph_module
-        *path, leaf = name.split(".")
-        for part in path:
-            if part not in module._modules:
-                module.add_module(part, torch.nn.Module())
-            module = module.get_submodule(part)
+        module, leaf = holder(self._program.graph_module, name)
         module.register_buffer(leaf, value)
         graph = self._program.graph
         with graph.inserting_before(self.match.root):

@@ -17,7 +17,7 @@ from torch import fx
 from zeroskip.ir.facts import Fact
 from zeroskip.ir.linears import find_linears
 from zeroskip.ir.partition import Stage
-from zeroskip.ir.program import Batch, Program, attribute
+from zeroskip.ir.program import Batch, Program, attribute, holder
 from zeroskip.ir.weights import Weights
 
 
@@ -178,12 +178,7 @@ def _key(node: fx.Node, copies: dict[fx.Node, fx.Node]) -> Any:
 
 def _carry(root: torch.nn.Module, source: fx.GraphModule, target: str) -> None:
     """Copies the reference to a parameter, buffer or submodule."""
-    *path, leaf = target.split(".")
-    owner = root
-    for part in path:
-        if part not in owner._modules:
-            owner.add_module(part, torch.nn.Module())
-        owner = owner.get_submodule(part)
+    owner, leaf = holder(root, target)
     value = attribute(source, target)
     if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
         owner.register_buffer(leaf, value)

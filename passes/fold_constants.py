@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from zeroskip.ir.program import Program
+from zeroskip.ir.program import Program, attribute
 from zeroskip.ir.rewrite import Editor, Match
 from zeroskip.passes.base import Pass
 
@@ -65,9 +65,7 @@ class FoldConstants(Pass):
         self, program: Program, node: fx.Node, values: dict[fx.Node, torch.Tensor]
     ) -> torch.Tensor | None:
         if node.op == "get_attr" and node.target not in program.weights:
-            held: object = program.graph_module
-            for part in str(node.target).split("."):
-                held = getattr(held, part)
+            held = attribute(program.graph_module, str(node.target))
             return held if isinstance(held, torch.Tensor) else None
         schema = getattr(node.target, "_schema", None)
         if node.op != "call_function" or schema is None or schema.is_mutable:
