@@ -70,6 +70,10 @@ class LoweringError(CompileError):
     """No kernel, or no ONNX form, for this operator on this target."""
 
 
+class KernelLibraryError(LoweringError):
+    """The library of CPU kernels is not there and cannot be built, or cannot be loaded."""
+
+
 class ParityError(CompileError):
     """What was exported does not compute what was compiled."""
 

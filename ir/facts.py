@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from zeroskip.ir.formats import Rounded, ValueFormat
 from zeroskip.ir.patterns import SparsityPattern
 from zeroskip.ir.weights import Masked, Source, unpack_bits
 
@@ -243,7 +244,39 @@ class SparseWeights(Fact):
 def _masked_by(source: Source, linear: Linear, mask: Mask) -> bool:
     """Whether a weight is zero outside the mask because that very mask is put on it when it loads."""
     same_layout = linear.expert is None and not linear.transposed
+    if isinstance(source, Rounded):
+        source = source.source  # Rounding keeps zeros.
     return isinstance(source, Masked) and same_layout and torch.equal(source.bits, mask.bits)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedValues(Fact):
+    """The kept weights have been rounded: each is exactly what its format can store."""
+
+    formats: Mapping[str, ValueFormat] = field(default_factory=dict)
+
+    def check(self, program: Program) -> str | None:
+        from zeroskip.ir.linears import find_linears
+
+        linears = {linear.name: linear for linear in find_linears(program)}
+        for name, form in self.formats.items():
+            linear = linears.get(name)
+            if linear is None:
+                return f"{name} is said to be rounded and is not a linear"
+            source = program.weights.source(linear.parameter)
+            if isinstance(source, Rounded) and source.format is form:
+                continue
+            weight = linear.weight(program)
+            if not torch.equal(form.round(weight), weight):
+                return f"{name} has a weight that {form.dtype} values cannot hold"
+        return None
+
+    def restrict(self, linears: Iterable[str]) -> QuantizedValues:
+        names = set(linears)
+        return QuantizedValues({n: f for n, f in self.formats.items() if n in names})
+
+    def merge(self, other: QuantizedValues) -> QuantizedValues:
+        return QuantizedValues({**self.formats, **other.formats})
 
 
 @dataclass(frozen=True)
@@ -253,10 +286,12 @@ class Lowered(Fact):
     Args:
         operators: Operator by linear, such as `zeroskip::masked_linear`.
         refusals: Reason by linear that was left as it is.
+        verdicts: What was measured or looked up before choosing, by linear, as plain values.
     """
 
     operators: Mapping[str, str] = field(default_factory=dict)
     refusals: Mapping[str, str] = field(default_factory=dict)
+    verdicts: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
     def check(self, program: Program) -> str | None:
         from zeroskip.ir.linears import find_linears
@@ -276,10 +311,15 @@ class Lowered(Fact):
         return Lowered(
             {n: o for n, o in self.operators.items() if n in names},
             {n: r for n, r in self.refusals.items() if n in names},
+            {n: v for n, v in self.verdicts.items() if n in names},
         )
 
     def merge(self, other: Lowered) -> Lowered:
-        return Lowered({**self.operators, **other.operators}, {**self.refusals, **other.refusals})
+        return Lowered(
+            {**self.operators, **other.operators},
+            {**self.refusals, **other.refusals},
+            {**self.verdicts, **other.verdicts},
+        )
 
 
 def same_facts(first: Mapping[type[Fact], Fact], second: Mapping[type[Fact], Fact]) -> bool:

@@ -7,15 +7,16 @@ A linear is a matrix product of an activation with a parameter. PyTorch models s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-import zeroskip.ir.ops  # noqa: F401  (registers zeroskip::masked_linear)
+import zeroskip.ir.ops  # noqa: F401  (registers the operators)
 from zeroskip.ir.program import Program
+from zeroskip.ir.rewrite import Match, RewriteRule
 from zeroskip.ir.weights import Masked, Source, pack_bits, unpack_bits
 
 aten = torch.ops.aten
@@ -116,6 +117,7 @@ _SPELLINGS: dict[Any, tuple[int, int, int | None, bool]] = {
     aten.bmm.default: (0, 1, None, True),
     torch.ops.zeroskip.masked_linear.default: (0, 1, 3, False),
 }
+_PACKED = torch.ops.zeroskip.sparse_linear.default
 _GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
 
 
@@ -123,6 +125,8 @@ def _spelling(node: fx.Node, program: Program) -> tuple[LinearUse, str, bool] | 
     """Returns (use, parameter, transposed) when a node multiplies by a parameter."""
     if node.op != "call_function":
         return None
+    if node.target is _PACKED:
+        return _packed_spelling(node)
     grouped = getattr(node.target, "_opname", "") in _GROUPED
     spelling = (0, 1, None, True) if grouped else _SPELLINGS.get(node.target)
     if spelling is None or len(node.args) <= spelling[1]:
@@ -152,6 +156,36 @@ def _spelling(node: fx.Node, program: Program) -> tuple[LinearUse, str, bool] | 
         bias = str(argument.target) if isinstance(argument, fx.Node) else None
     use = LinearUse(node, activation, weight, bias, offsets)
     return use, parameter, stored_in_out != swapped
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Which parameter the packed operands of a `zeroskip::sparse_linear` stand for.
+
+    It is kept in `node.meta["packing"]`: the operands themselves no longer tell.
+    """
+
+    parameter: str
+    transposed: bool
+
+
+def _packed_spelling(node: fx.Node) -> tuple[LinearUse, str, bool] | None:
+    packing = node.meta.get("packing")
+    if not isinstance(packing, Packing):
+        return None
+    activation, values, bias = node.args[0], node.args[3], node.args[5]
+    assert isinstance(activation, fx.Node)
+    assert isinstance(values, fx.Node)
+    name = str(bias.target) if isinstance(bias, fx.Node) else None
+    use = LinearUse(node, activation, values, name)
+    return use, packing.parameter, packing.transposed
+
+
+def packed_names(program: Program) -> frozenset[str]:
+    """Names of the weights that hold packed operands, which no model has as parameters."""
+    nodes = program.graph.find_nodes(op="call_function", target=_PACKED)
+    operands = (operand for node in nodes for operand in node.args[1:5])
+    return frozenset(str(n.target) for n in operands if isinstance(n, fx.Node))
 
 
 def _transposed_parameter(node: fx.Node, program: Program) -> tuple[str, bool] | None:
@@ -228,3 +262,23 @@ def masked_sources(program: Program, keeps: Mapping[str, torch.Tensor]) -> dict[
             linear.view(keep).logical_and_(keeps[linear.name])
         sources[parameter] = Masked(source, pack_bits(keep))
     return sources
+
+
+def linear_rules(
+    operator: str, put: Callable[..., fx.Node], check: Callable[[Match], str | None]
+) -> list[RewriteRule]:
+    """Returns the rules that rewrite a linear to an operator, one for each way to spell it.
+
+    Args:
+        operator: For the names of the rules.
+        put: A function of an `Editor`, the activation, the weight expression and the bias or None.
+        check: Returns why a match is refused, or None.
+    """
+    spellings: list[tuple[str, Callable[..., object]]] = [
+        ("linear(x, w)", lambda x, w: aten.linear.default(x, w)),
+        ("linear(x, w, b)", lambda x, w, b: aten.linear.default(x, w, b)),
+        ("addmm(b, x, w)", lambda x, w, b: aten.addmm.default(b, x, w)),
+        ("matmul(x, w)", lambda x, w: aten.matmul.default(x, w)),
+        ("mm(x, w)", lambda x, w: aten.mm.default(x, w)),
+    ]
+    return [RewriteRule(f"{name} = {operator}", found, put, check) for name, found in spellings]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from zeroskip.ir.formats import BitmaskWeight
 from zeroskip.ir.weights import unpack_bits
 
 
@@ -69,3 +70,82 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 
 masked_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("zeroskip::sparse_linear", mutates_args=())
+def sparse_linear(
+    x: torch.Tensor,
+    bitmask: torch.Tensor,
+    row_offsets: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    in_features: int,
+    block_size: int = 0,
+    accuracy_level: int = 0,
+    layout: int = 0,
+) -> torch.Tensor:
+    """Y = x W^T + b with W in the bitmask format of `zeroskip.ir.formats`.
+
+    This is what the operator means; `zeroskip.runtime.kernels.sparse_linear` makes it fast.
+
+    Args:
+        x: [..., in].
+        bitmask: uint8 [out, 8 * ceil(in / 64)].
+        row_offsets: int64 [out + 1].
+        values: [kept + 64] of float32, float16, bfloat16 or int8.
+        scales: float32 [out, blocks] of int8 values, else None.
+        bias: [out] or None.
+        in_features: Columns of W.
+        block_size: Columns that share a scale; 0 for the whole row.
+        accuracy_level: 4 rounds each row of x to 8 bits first (int8 values only); 0 does not.
+        layout: 1 lets kernels repack the weight for many tokens; it changes no result.
+
+    Returns:
+        [..., out], of the dtype of x.
+    """
+    weight = BitmaskWeight(bitmask, row_offsets, values, scales, in_features, block_size)
+    return sparse_linear_reference(x, weight, bias, accuracy_level)
+
+
+def sparse_linear_reference(
+    x: torch.Tensor, weight: BitmaskWeight, bias: torch.Tensor | None, accuracy_level: int
+) -> torch.Tensor:
+    """Computes `sparse_linear` through the dense weight, in float32."""
+    rows = x.float()
+    if accuracy_level == 4 and weight.values.dtype == torch.int8:
+        rows = _round_rows(rows)
+    offset = None if bias is None else bias.float()
+    return torch.nn.functional.linear(rows, weight.unpack().to(x.device), offset).to(x.dtype)
+
+
+def _round_rows(x: torch.Tensor) -> torch.Tensor:
+    """Rounds each row to 256 steps between its extremes and zero, as DynamicQuantizeLinear does."""
+    if x.numel() == 0:
+        return x
+    low = x.amin(-1, keepdim=True).clamp(max=0)
+    high = x.amax(-1, keepdim=True).clamp(min=0)
+    step = ((high.double() - low.double()) / 255).float()
+    step = torch.where(step > 0, step, torch.where(step == 0, 1.0, torch.nan))
+    zero = (-low / step).round().clamp(0, 255)
+    return (((x / step).round() + zero).clamp(0, 255) - zero) * step
+
+
+@sparse_linear.register_fake
+def _(
+    x: torch.Tensor,
+    bitmask: torch.Tensor,
+    row_offsets: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    in_features: int,
+    block_size: int = 0,
+    accuracy_level: int = 0,
+    layout: int = 0,
+) -> torch.Tensor:
+    if x.shape[-1] != in_features:
+        raise ValueError(f"x is {x.shape[-1]} wide, the weight {in_features}")
+    if bitmask.dtype != torch.uint8 or bitmask.shape[1] != -(-in_features // 64) * 8:
+        raise TypeError(f"a bitmask of {tuple(bitmask.shape)} {bitmask.dtype}")
+    return x.new_empty((*x.shape[:-1], bitmask.shape[0]))

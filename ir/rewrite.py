@@ -22,7 +22,8 @@ from torch import fx
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from zeroskip.ir.program import Program, holder
+from zeroskip.ir.program import Program, bind_parameter, holder
+from zeroskip.ir.weights import Source
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,21 @@ class Editor:
         """Adds a buffer of the program and reads it."""
         module, leaf = holder(self._program.graph_module, name)
         module.register_buffer(leaf, value)
+        return self._read(name, value)
+
+    def weight(self, name: str, source: Source) -> fx.Node:
+        """Reads a weight of the program; one that is new has to be added to its `Weights` as well."""
+        bind_parameter(self._program.graph_module, name, source)
+        return self._read(name, torch.empty(source.shape, dtype=source.dtype, device="meta"))
+
+    def _read(self, name: str, value: torch.Tensor) -> fx.Node:
         graph = self._program.graph
         with graph.inserting_before(self.match.root):
             node = graph.get_attr(name)
         vals = [v for n in self.match.nodes for v in (n.meta.get("val"),)]
         mode = detect_fake_mode(vals) or FakeTensorMode(allow_non_fake_inputs=True)
-        node.meta = {"val": mode.from_tensor(value)}
+        with mode:
+            node.meta = {"val": torch.empty(value.shape, dtype=value.dtype, device="cpu")}
         return node
 
 

@@ -50,6 +50,8 @@ def extract_stage(program: Program, stage: Stage, calibration: Sequence[Batch]) 
     graph.output(tuple(copies[node] for node in stage.outputs))
     module = fx.GraphModule(program.graph_module, graph)
     read = {str(n.target) for n in graph.find_nodes(op="get_attr")}
+    # A packed linear still stands for its parameter, which no node reads any more.
+    read |= {n.meta["packing"].parameter for n in graph.nodes if "packing" in n.meta}
     names = [str(n.target) for n in graph.find_nodes(op="placeholder")]
     part = Program(
         graph_module=module,

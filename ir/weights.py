@@ -49,7 +49,8 @@ class InMemory:
         return self.tensor.dtype
 
     def load(self) -> torch.Tensor:
-        return self.tensor.detach()
+        # The same object each time where possible: kernels remember weights by it.
+        return self.tensor.detach() if self.tensor.requires_grad else self.tensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ from zeroskip.passes.eliminate_dead_code import EliminateDeadCode
 from zeroskip.passes.export_onnx import ExportOnnx
 from zeroskip.passes.fold_constants import FoldConstants
 from zeroskip.passes.lower_masked import LowerMasked
+from zeroskip.passes.lower_sparse_linear import LowerSparseLinear
 from zeroskip.passes.manager import (
     DumpPrograms,
     Instrument,
@@ -17,6 +18,7 @@ from zeroskip.passes.observe import Observe
 from zeroskip.passes.prune_magnitude import PruneMagnitude
 from zeroskip.passes.prune_wanda import PruneWanda
 from zeroskip.passes.pruner import Pruner
+from zeroskip.passes.quantize_values import QuantizeValues
 
 PASSES: dict[str, type[Pass]] = {
     cls.name: cls
@@ -25,7 +27,9 @@ PASSES: dict[str, type[Pass]] = {
         PruneMagnitude,
         PruneWanda,
         ApplyMasks,
+        QuantizeValues,
         LowerMasked,
+        LowerSparseLinear,
         FoldConstants,
         EliminateDeadCode,
         ExportOnnx,
@@ -41,6 +45,7 @@ __all__ = [
     "FoldConstants",
     "Instrument",
     "LowerMasked",
+    "LowerSparseLinear",
     "Observe",
     "Pass",
     "PassManager",
@@ -50,4 +55,5 @@ __all__ = [
     "PruneMagnitude",
     "PruneWanda",
     "Pruner",
+    "QuantizeValues",
 ]

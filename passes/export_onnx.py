@@ -10,14 +10,16 @@ import torch
 from torch import fx
 
 from zeroskip.ir.errors import LoweringError
-from zeroskip.ir.facts import Lowered, SparseWeights
+from zeroskip.ir.facts import Lowered, QuantizedValues, SparseWeights
 from zeroskip.ir.folders import check_target
+from zeroskip.ir.linears import packed_names
 from zeroskip.ir.program import Program, bind_parameter, copy_graph_module
 from zeroskip.ir.selection import find_roles
 from zeroskip.ir.streams import parse_bytes
 from zeroskip.ir.weights import InMemory
 from zeroskip.passes.base import Pass
 from zeroskip.passes.lower_masked import LowerMasked
+from zeroskip.passes.lower_sparse_linear import lower_alike
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,10 @@ class ExportOnnx(Pass):
 
     A causal language model is captured again with a key-value cache as one graph for prefill and
     decode, with the names that onnxruntime-genai and optimum use; anything else is written as it
-    was captured. Weights keep their fully qualified names and are dense, zeros included: no
-    released ONNX Runtime gains from zeros, and `sparse_initializer` makes a 2:4 file larger. The
-    file is opened in ONNX Runtime and compared with the program at several sizes before the folder
+    was captured. Weights keep their fully qualified names. Those that `LowerSparseLinear` took are
+    packed, for the operator zeroskip::SparseLinear, whose body in standard operators is part of the
+    file; all others are dense, zeros included: no released ONNX Runtime gains from zeros, and
+    `sparse_initializer` makes a 2:4 file larger. The file is opened in ONNX Runtime and compared with the program at several sizes before the folder
     appears; the result is in `zeroskip_parity.json`.
 
     Refuses a folder that holds something, an observed program, an operator without an ONNX form,
@@ -106,9 +109,21 @@ class ExportOnnx(Pass):
 _LIMITS = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
 
+# A rounding of activations to 8 bits turns differences of the last place into whole steps, for the
+# few that lie on a boundary.
+_LIMIT_OF_ROUNDED_ACTIVATIONS = 2e-2
+
+
 def _limit(program: Program) -> float:
-    dtypes = {program.weights.source(name).dtype for name in program.weights}
-    return max((_LIMITS[d] for d in dtypes if d in _LIMITS), default=1e-4)
+    known = program.facts.get(QuantizedValues, QuantizedValues())
+    assert isinstance(known, QuantizedValues)
+    lowered = program.facts.get(Lowered, Lowered())
+    assert isinstance(lowered, Lowered)
+    rounds = any(known.formats[n].accuracy_level for n in known.formats if n in lowered.operators)
+    packed = packed_names(program)
+    dtypes = {program.weights.source(n).dtype for n in program.weights if n not in packed}
+    limit = max((_LIMITS[d] for d in dtypes if d in _LIMITS), default=1e-4)
+    return max(limit, _LIMIT_OF_ROUNDED_ACTIVATIONS) if rounds else limit
 
 
 def _skeleton(program: Program) -> fx.GraphModule:
@@ -132,7 +147,7 @@ def _lowered_like(program: Program, graph_module: fx.GraphModule) -> fx.GraphMod
         outputs=(),
     )
     other = other.with_fact(find_roles(other), program.fact(SparseWeights))
-    lowered = LowerMasked().run(other).graph_module
+    lowered = LowerMasked().run(lower_alike(program, other)).graph_module
     # The cache is a nested argument: how it is taken apart belongs to the graph's code.
     lowered.graph.set_codegen(graph_module.graph._codegen)
     lowered.recompile()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from zeroskip.ir.facts import Lowered, Mask, SparseWeights
-from zeroskip.ir.linears import Linear, find_linears
+from zeroskip.ir.linears import Linear, find_linears, linear_rules
 from zeroskip.ir.program import Program
 from zeroskip.ir.rewrite import Editor, Match, RewriteRule, apply_rules
 from zeroskip.ir.weights import pack_bits
@@ -81,21 +81,11 @@ def _rules(linears: dict[str, Linear], masks: Mapping[str, Mask]) -> list[Rewrit
 
     def put(editor: Editor, x: fx.Node, w: fx.Node, b: fx.Node | None = None) -> fx.Node:
         linear = linears[editor.match.root.name]
-        weight = w if not _in_out(editor.match.root) else editor.call(aten.t.default, w)
+        # All operators but `linear` multiply by their weight argument as it stands, [in, out].
+        in_out = editor.match.root.target is not aten.linear.default
+        weight = editor.call(aten.t.default, w) if in_out else w
         keep = masks[linear.name].keep()
         bits = editor.constant(f"{linear.parameter}_mask", pack_bits(keep))
         return editor.call(_TARGET, x, weight, bits, b)
 
-    spellings: list[tuple[str, Callable[..., object]]] = [
-        ("linear(x, w) = masked(x, w)", lambda x, w: aten.linear.default(x, w)),
-        ("linear(x, w, b) = masked(x, w, b)", lambda x, w, b: aten.linear.default(x, w, b)),
-        ("addmm(b, x, w) = masked(x, w^T, b)", lambda x, w, b: aten.addmm.default(b, x, w)),
-        ("matmul(x, w) = masked(x, w^T)", lambda x, w: aten.matmul.default(x, w)),
-        ("mm(x, w) = masked(x, w^T)", lambda x, w: aten.mm.default(x, w)),
-    ]
-    return [RewriteRule(name, pattern, put, check) for name, pattern in spellings]
-
-
-def _in_out(node: fx.Node) -> bool:
-    """Whether the operator multiplies by its weight argument as it stands, [in, out]."""
-    return node.target is not aten.linear.default
+    return linear_rules("masked_linear", put, check)

@@ -27,11 +27,13 @@ from zeroskip.passes import (
     ExportOnnx,
     FoldConstants,
     LowerMasked,
+    LowerSparseLinear,
     Observe,
     Pass,
     PassManager,
     PruneMagnitude,
     PruneWanda,
+    QuantizeValues,
 )
 from zeroskip.passes.base import TOLERANCES, relative_drift
 from zeroskip.recipe import Recipe, dump_recipe, load_recipe, loads_recipe
@@ -70,6 +72,17 @@ CASES: dict[str, Case] = {
         LowerMasked(),
         before=(PruneMagnitude("2:4"), ApplyMasks()),
         reorders=("gpt2",),  # addmm becomes a product and a sum.
+    ),
+    "quantize-values": Case(
+        lambda _: QuantizeValues(),
+        QuantizeValues("int8", 128, "float32", **NAMES),
+        before=(PruneMagnitude("2:4"), ApplyMasks()),
+    ),
+    "lower-sparse-linear": Case(
+        lambda _: LowerSparseLinear(choose="always"),
+        LowerSparseLinear((1, 7), "measure", "stored", 3, **NAMES),
+        before=(PruneMagnitude("2:4"), ApplyMasks()),
+        reorders=("mlp", "llama", "gpt2", "moe", "convnet"),
     ),
     "fold-constants": Case(lambda _: FoldConstants(), FoldConstants(limit=7)),
     "eliminate-dead-code": Case(lambda _: EliminateDeadCode(), EliminateDeadCode()),

@@ -48,18 +48,28 @@ def test_every_folder_with_modules_has_an_init() -> None:
     assert bare == set()
 
 
+def copy_sources(tree: Path, *ignored: str) -> None:
+    """Copies what the package is made from, and nothing else."""
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    patterns = ("__pycache__", "*.pyc", "zeroskip_kernels.*", *ignored)
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns(*patterns))
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from a copy that holds the sources and nothing else."""
-    tree = tmp_path_factory.mktemp("tree")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
-    ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
-    for folder in FOLDERS:
-        shutil.copytree(ROOT / folder, tree / folder, ignore=ignored)
-    out = tmp_path_factory.mktemp("wheel")
+    """A wheel without the compiled kernels, as pip builds it."""
+    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+    copy_sources(tree)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(out)]
-    done = subprocess.run([*command, str(tree)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, str(tree)],
+        env={**os.environ, "ZEROSKIP_BUILD": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return next(out.glob("*.whl"))
 
@@ -74,6 +84,13 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     }
     assert {name for name in names if name.endswith(".py")} == expected
     assert "zeroskip/py.typed" in names
+    cpp = {
+        f"zeroskip/runtime/kernels/cpu/{path.name}"
+        for path in (ROOT / "runtime" / "kernels" / "cpu").iterdir()
+    }
+    assert cpp
+    assert {name for name in names if name.startswith("zeroskip/runtime/kernels/cpu/")} == cpp
+    assert wheel.name.endswith("-py3-none-any.whl")
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"zeroskip"}

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from zeroskip.models import load_model
     from zeroskip.recipe import Recipe, load_recipe
     from zeroskip.report import Report
+    from zeroskip.runtime.onnx.custom_ops import custom_ops_path, session_options
 
 __version__ = "0.1.0"
 
@@ -22,9 +23,11 @@ __all__ = [
     "Report",
     "calibration_from_text",
     "compile_sparse",
+    "custom_ops_path",
     "load_model",
     "load_recipe",
     "perplexity",
+    "session_options",
 ]
 
 # Where each name lives. It is imported when it is first asked for: `zeroskip --help` and
@@ -36,9 +39,11 @@ _MODULES = {
     "Report": "report",
     "calibration_from_text": "calibration",
     "compile_sparse": "compile",
+    "custom_ops_path": "runtime.onnx",
     "load_model": "models",
     "load_recipe": "recipe",
     "perplexity": "evaluate",
+    "session_options": "runtime.onnx",
 }
 
 

@@ -113,6 +113,40 @@ def compile_command(
         typer.echo(f"{shown}\n{out}")
 
 
+@app.command("export", epilog=EXIT_CODES)
+def export_command(
+    source: Annotated[
+        Path, typer.Argument(help="A folder with model.onnx, a Hugging Face directory, or a GGUF.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A folder that is not there yet.")],
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Unpack the weights: for runtimes without the kernels.")
+    ] = False,
+) -> None:
+    """Write SOURCE as an ONNX folder.
+
+    A checkpoint is exported as it is. Of an ONNX folder with packed weights, --dense writes the
+    plain form: standard operators and dense weights, zeros included.
+    """
+    from zeroskip.export import MODEL_FILE, export_checkpoint, export_dense
+
+    if (source / MODEL_FILE).is_file():
+        if not dense:
+            problem = CompileError(
+                "this is an ONNX folder already", where=str(source), next_step="add --dense"
+            )
+            _fail(problem, REFUSED)
+        count = export_dense(source, out)
+        typer.echo(f"{count} packed linears are dense in {out}")
+        return
+    with _refusing_inputs():
+        from zeroskip.ir.folders import check_target
+
+        check_target(out)
+    export_checkpoint(source, out)
+    typer.echo(str(out))
+
+
 @app.command("eval", epilog=EXIT_CODES)
 def eval_command(
     target: Annotated[
@@ -156,6 +190,83 @@ def passes_command(as_json: Json = False) -> None:
     from rich.console import Console
 
     Console().print(pass_table())
+
+
+@app.command("doctor")
+def doctor_command(as_json: Json = False) -> None:
+    """Say whether the sparse CPU kernels work on this machine, and what is missing.
+
+    Builds the kernel library if there is none yet. Exit codes: 0 the kernels work here, also
+    inside ONNX Runtime; 1 they do not, and what to do is said.
+    """
+    from dataclasses import asdict
+
+    from zeroskip.doctor import examine, findings_table
+
+    found = examine()
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(findings_table(found))
+    if found.problem:
+        _fail(CompileError(found.problem, next_step=found.next_step), STOPPED)
+
+
+@app.command("tune", epilog=EXIT_CODES)
+def tune_command(
+    directory: Annotated[Path, typer.Argument(help="A folder with model.onnx.")],
+    m: Annotated[str, typer.Option(help="Rows (batch x tokens) that matter.")] = "1,16,128",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of the session; default: every core.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure each pruned linear in DIRECTORY on this machine; make it sparse only where that pays.
+
+    No linear stays sparse that is slower than ONNX Runtime's dense one at any of the rows of --m.
+    The model is rewritten when ONNX Runtime computes the same with the new one. Measurements are
+    kept: a second run is quick. Run it on the machine that the model will run on, when that has
+    nothing else to do.
+    """
+    with _refusing_inputs():
+        from zeroskip.runtime.onnx.folder import MODEL_FILE
+        from zeroskip.tune import (
+            default_threads,
+            parse_m,
+            progress_bar,
+            totals,
+            tuned_json,
+            tuned_table,
+        )
+
+        m_values = parse_m(m)
+        if not (directory / MODEL_FILE).is_file():
+            raise CompileError(
+                f"there is no {MODEL_FILE} here",
+                where=str(directory),
+                next_step="pass the folder that the ONNX export wrote",
+            )
+    from zeroskip.runtime.onnx.tune import tune_folder
+
+    with progress_bar(not as_json and sys.stderr.isatty()) as progress:
+        tuned = tune_folder(
+            directory,
+            m_values=m_values,
+            threads=threads or default_threads(),
+            dry_run=dry_run,
+            progress=progress,
+        )
+    if as_json:
+        typer.echo(json.dumps(tuned_json(tuned), indent=2))
+        return
+    from rich.console import Console
+
+    if tuned.verdicts:
+        Console().print(tuned_table(tuned))
+    typer.echo(totals(tuned, dry_run=dry_run))
 
 
 def _overridden(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from zeroskip.ir.capture import capture
 from zeroskip.ir.checkpoint import open_checkpoint
 from zeroskip.ir.checkpoint_writer import save_checkpoint
 from zeroskip.ir.errors import CaptureError, CompileError
+from zeroskip.ir.linears import packed_names
 from zeroskip.ir.program import Batch, Program
 from zeroskip.passes import Instrument, Pass, PassManager
 from zeroskip.passes.base import measure_drift
@@ -38,8 +40,15 @@ class CompiledModel:
     report: Report
 
     def __call__(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Runs the compiled Program; returns its outputs by name."""
-        return self.program.run(inputs)
+        """Runs the compiled Program; returns its outputs by name.
+
+        The first call loads its weights, and packs those that are lowered; they stay in memory.
+        """
+        return self._loaded.run(inputs)
+
+    @cached_property
+    def _loaded(self) -> Program:
+        return self.program.loaded()
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes a plain Hugging Face checkpoint, zeros included, that transformers reloads.
@@ -56,7 +65,10 @@ class CompiledModel:
                 next_step="save compiled.model.state_dict() with safetensors instead",
             )
         assert module is not None
-        save_checkpoint(_source_directory(module), self.program.weights, module, Path(directory))
+        # Packed operands stand for parameters that are there as well.
+        packed = packed_names(self.program)
+        weights = self.program.weights.subset(n for n in self.program.weights if n not in packed)
+        save_checkpoint(_source_directory(module), weights, module, Path(directory))
 
 
 def compile_sparse(

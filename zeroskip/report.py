@@ -130,7 +130,9 @@ def make_report(program: Program, result: PipelineResult, drift: float) -> Repor
 
 def _note(linear: Linear, mask: Mask | None, roles: Roles, lowered: Lowered) -> str:
     if linear.name in lowered.operators:
-        return lowered.operators[linear.name]
+        verdict = lowered.verdicts.get(linear.name)
+        why = f", {verdict['reason']} ({verdict['source']})" if verdict else ""
+        return f"{lowered.operators[linear.name]}{why}"
     if mask is None:
         return roles.role(linear.name) or "not selected"
     return lowered.refusals.get(linear.name, "")

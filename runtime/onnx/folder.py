@@ -10,12 +10,15 @@ import onnx_ir
 from onnx import numpy_helper
 
 from zeroskip.ir.errors import ArtifactError, CompileError, LoweringError
+from zeroskip.runtime.onnx.sparse_linear import DOMAIN, OP
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 EXTERNAL_DATA_THRESHOLD = 1 << 30
 PROTOBUF_LIMIT = (1 << 31) - (1 << 24)
 """Beyond 2 GiB no single file can be parsed; the margin is for the graph."""
+PACKED_THRESHOLD = 1 << 20
+"""Packed weights of a file of their own are mapped and used in place; others are copied at load."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -40,6 +43,8 @@ def save_model(
 ) -> int:
     """Writes `model.onnx`, and `model.onnx.data` beside it when the weights exceed the threshold.
 
+    With packed weights the threshold is 1 MiB at most, and the data aligned for use in place.
+
     With external data one tensor is in memory at a time; without, the whole file is.
 
     Args:
@@ -57,7 +62,9 @@ def save_model(
     """
     tensors = [value.const_value for value in model.graph.initializers.values()]
     size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    external = size > min(external_data_threshold, PROTOBUF_LIMIT)
+    packed = any((node.domain, node.op_type) == (DOMAIN, OP) for node in model.graph.all_nodes())
+    threshold = min(external_data_threshold, PACKED_THRESHOLD if packed else PROTOBUF_LIMIT)
+    external = size > threshold
     if external and sparse_initializers:
         raise LoweringError(
             f"sparse initializers do not go together with external data ({size} bytes of weights)",
@@ -66,7 +73,14 @@ def save_model(
         )
     path = folder / MODEL_FILE
     try:
-        onnx_ir.save(model, path, external_data=DATA_FILE if external else None)
+        onnx_ir.save(
+            model,
+            path,
+            external_data=DATA_FILE if external else None,
+            # Kernels use packed weights in the mapped file: each begins where its type may.
+            alignment=4096 if packed else None,
+            align_threshold=0,
+        )
     except onnx_ir.serde.SerdeError as error:
         # What a lazy tensor raises comes wrapped once for every level of the file.
         cause: BaseException | None = error

@@ -9,7 +9,12 @@ from typing import NamedTuple
 import onnxruntime
 import torch
 
-from zeroskip.ir.errors import ArtifactError
+from zeroskip.ir.errors import ArtifactError, KernelLibraryError
+from zeroskip.runtime.onnx.custom_ops import (
+    session_options,
+    uses_sparse_linear,
+    warn_dense_fallback,
+)
 from zeroskip.runtime.onnx.folder import MODEL_FILE
 
 DTYPES = {
@@ -35,7 +40,8 @@ class OnnxModel:
     Args:
         directory: What `export_onnx` wrote.
         threads: Threads within an operator; None lets ONNX Runtime decide.
-        custom_ops: Shared libraries of operators that the file uses beyond the standard ones.
+        custom_ops: Shared libraries of operators that the file uses beyond the standard ones and
+            zeroskip's own, whose kernels are registered where the file needs them.
 
     Raises:
         ArtifactError: The directory or the model is missing, or ONNX Runtime cannot load it.
@@ -59,6 +65,8 @@ class OnnxModel:
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
+        if uses_sparse_linear(self.path):
+            _use_kernels(options, self.path)
         try:
             for library in custom_ops:
                 options.register_custom_ops_library(str(library))
@@ -194,6 +202,14 @@ class OnnxModel:
             if not running.any():
                 break
         return tokens
+
+
+def _use_kernels(options: onnxruntime.SessionOptions, path: Path) -> None:
+    """Registers the kernels of packed weights; a machine without them runs the body, and says so."""
+    try:
+        session_options(options)
+    except KernelLibraryError:
+        warn_dense_fallback(path, stacklevel=3)
 
 
 def positions(attention_mask: torch.Tensor) -> torch.Tensor:

@@ -55,8 +55,8 @@ def strip_data(
     # A mode of its own: two exports in one mode would share their symbolic sizes.
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
-    def without_data(tensor: torch.Tensor) -> torch.Tensor:
-        dtype = torch.float32 if tensor.dtype in NARROW else tensor.dtype
+    def without_data(tensor: torch.Tensor, widen: bool = True) -> torch.Tensor:
+        dtype = torch.float32 if widen and tensor.dtype in NARROW else tensor.dtype
         with mode:
             return torch.empty(tensor.shape, dtype=dtype, device="cpu")
 
@@ -76,7 +76,8 @@ def strip_data(
             value = attribute(graph_module, node.target)
             if node.target in bound:
                 node.target = bound[node.target]
-                attributes[node.target] = torch.nn.Parameter(without_data(value), False)
+                hollow = without_data(value, widen=not _is_packed(node))
+                attributes[node.target] = torch.nn.Parameter(hollow, False)
             else:
                 attributes[node.target] = _constant(node.target, value)
     inputs = pytree.tree_map_only(torch.Tensor, without_data, dict(example_inputs))
@@ -106,6 +107,14 @@ def _bound_names(
                 next_step="pass weights that hold every parameter of the graph by its name",
             )
     return bound
+
+
+def _is_packed(node: torch.fx.Node) -> bool:
+    """Whether a weight is an operand of `zeroskip::sparse_linear`, which takes narrow values."""
+    packed = torch.ops.zeroskip.sparse_linear.default
+    return bool(node.users) and all(
+        user.target is packed and node in user.args[1:5] for user in node.users
+    )
 
 
 def _constant(name: str, value: Any) -> Any:

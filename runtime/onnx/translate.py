@@ -28,6 +28,7 @@ from zeroskip.runtime.onnx.masked_linear import (
     masked_linear_translation,
     masked_weights,
 )
+from zeroskip.runtime.onnx.packed_linear import add_body, sparse_linear_translation
 from zeroskip.runtime.onnx.skeleton import NARROW, Skeleton, strip_data
 from zeroskip.runtime.onnx.transformers_patches import graph_fixes, onnx_patches, translations
 
@@ -72,7 +73,12 @@ def translate(
     """
     skeleton = strip_data(graph_module, example_inputs, weights)
     masked = masked_weights(skeleton.graph_module)
-    table = {**translations(), **masked_linear_translation(), **(translation_table or {})}
+    table = {
+        **translations(),
+        **masked_linear_translation(),
+        **sparse_linear_translation(),
+        **(translation_table or {}),
+    }
     try:
         shapes = _symbolic_axes(graph_module) if dynamic_shapes is None else dict(dynamic_shapes)
         model = _standard_operators(
@@ -92,6 +98,7 @@ def translate(
         value.metadata_props.clear()
     name_axes(model, axis_names or {})
     _bind(model, weights, masked)
+    add_body(model)
     return model
 
 
@@ -170,7 +177,11 @@ def _bind(model: onnx_ir.Model, weights: Mapping[str, torch.Tensor], masked: Mas
         assert value.shape is not None
         shape = tuple(int(dim) for dim in value.shape if isinstance(dim, int))
 
-        def load(name: str = name, shape: tuple[int, ...] = shape) -> TorchTensor:
+        narrow = value.dtype in (onnx_ir.DataType.BFLOAT16, onnx_ir.DataType.FLOAT16)
+
+        def load(
+            name: str = name, shape: tuple[int, ...] = shape, narrow: bool = narrow
+        ) -> TorchTensor:
             weight = weights[name].detach()
             if tuple(weight.shape) != shape:
                 raise LoweringError(
@@ -179,8 +190,8 @@ def _bind(model: onnx_ir.Model, weights: Mapping[str, torch.Tensor], masked: Mas
                     next_step="pass the weights of the model that was captured",
                 )
             weight = masked.apply(name, weight.cpu())
-            return TorchTensor(
-                (weight.float() if weight.dtype in NARROW else weight).contiguous(), name=name
-            )
+            # Only the values of packed weights are narrow in the graph.
+            widened = weight.float() if weight.dtype in NARROW and not narrow else weight
+            return TorchTensor(widened.contiguous(), name=name)
 
         value.const_value = onnx_ir.LazyTensor(load, value.dtype, value.shape, name=name)

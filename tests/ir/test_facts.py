@@ -17,11 +17,13 @@ from zeroskip.ir.facts import (
     Lowered,
     Mask,
     Masks,
+    QuantizedValues,
     Roles,
     SparseWeights,
     Statistics,
     same_facts,
 )
+from zeroskip.ir.formats import Rounded, ValueFormat
 from zeroskip.ir.linears import find_linears, masked_sources
 from zeroskip.ir.patterns import NM, SparsityPattern, Unstructured
 from zeroskip.ir.program import Program
@@ -65,6 +67,7 @@ def true_facts(sparse: Program) -> list[Fact]:
         Statistics({n.name: edge(n.in_features, i) for i, n in enumerate(find_linears(sparse))}),
         Masks(masks),
         SparseWeights(masks),
+        QuantizedValues({name: ValueFormat("float32") for name in NAMES}),
         Lowered({"up.weight": "aten::linear"}, {"mix.weight": "too small", "head.weight": "no"}),
     ]
 
@@ -103,6 +106,9 @@ FALSEHOODS: list[tuple[Fact, str]] = [
     (SparseWeights({"none": mask(~WIDE)}), "none is said to be sparse"),
     (SparseWeights({"up.weight": mask(~WIDE)}), "non-zero weight outside its mask"),
     (SparseWeights({"mix.weight": mask(~WIDE)}), r"mask of mix.weight is \(27, 13\)"),
+    (QuantizedValues({"none": ValueFormat("int8")}), "none is said to be rounded"),
+    (QuantizedValues({"up.weight": ValueFormat("bfloat16")}), "that bfloat16 values cannot hold"),
+    (QuantizedValues({"up.weight": ValueFormat("int8", torch.ones(27, 1))}), "int8 values cannot"),
     (Lowered({"none": "aten::linear"}), "none is said to be lowered"),
     (Lowered({"up.weight": "zeroskip::masked_linear"}), "is said to run as zeroskip::masked"),
 ]
@@ -132,6 +138,17 @@ def test_a_mask_that_says_more_than_the_one_behind_the_weight(sparse: Program) -
     row, column = keep.nonzero()[0].tolist()
     keep[row, column] = False
     assert SparseWeights({"up.weight": mask(keep)}).check(sparse) is not None
+
+
+def test_rounded_weights_are_known_by_their_source_and_by_their_values(program: Program) -> None:
+    form, other = ValueFormat("bfloat16"), ValueFormat("bfloat16")
+    rounded = Rounded(program.weights.source("up.weight"), form)
+    behind = program.with_weights({"up.weight": rounded})
+    for fact in (QuantizedValues({"up.weight": form}), QuantizedValues({"up.weight": other})):
+        assert fact.check(behind) is None
+    stored = program.with_weights({"up.weight": rounded.load()})
+    assert QuantizedValues({"up.weight": form}).check(stored) is None
+    assert QuantizedValues({"up.weight": ValueFormat("float16")}).check(program) is not None
 
 
 def test_parts_put_together_are_the_whole(true_facts: list[Fact]) -> None:

@@ -8,7 +8,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from zeroskip.ir.ops import masked_linear
+from zeroskip.ir.formats import pack_bitmask
+from zeroskip.ir.ops import masked_linear, sparse_linear
 from zeroskip.ir.weights import pack_bits
 
 CASES = [((5, 9), 7, True), ((2, 3, 16), 8, False), ((16,), 3, True), ((0, 8), 4, True)]
@@ -111,3 +112,48 @@ def test_masks_that_are_not_bits_are_refused_while_tracing() -> None:
         x, weight, bits = (mode.from_tensor(t) for t in (x, weight, bytes_as_int))
         with pytest.raises(TypeError, match="int32, not uint8"):
             masked_linear(x, weight, bits)
+
+
+SPARSE = [((5, 70), 7, True), ((2, 3, 64), 8, False), ((16,), 3, True), ((0, 8), 4, True)]
+
+
+@pytest.mark.parametrize(("shape", "out", "bias"), SPARSE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_sparse_linear_equals_a_linear_with_zeros(
+    shape: tuple[int, ...], out: int, bias: bool, dtype: torch.dtype
+) -> None:
+    x, weight, _, offset, keep = case(shape, out, bias)
+    scales = weight.abs().amax(1, keepdim=True) / 127 if dtype == torch.int8 else None
+    packed = pack_bitmask(weight * keep, dtype=dtype, scales=scales)
+    operands = (packed.bitmask, packed.row_offsets, packed.values, packed.scales, offset)
+    expected = F.linear(x, packed.unpack(), offset)
+    torch.testing.assert_close(
+        sparse_linear(x, *operands, shape[-1]), expected, atol=1e-5, rtol=1e-5
+    )
+    assert sparse_linear(x.bfloat16(), *operands, shape[-1]).dtype == torch.bfloat16
+    torch.library.opcheck(sparse_linear, (x, *operands, shape[-1]))
+
+
+def test_rounded_activations() -> None:
+    """Level 4 is a linear over activations on 256 steps; a row that is not finite stays not finite."""
+    x, weight, _, offset, keep = case((6, 70), 9, True)
+    x[3] = 0.0
+    x[4, 5] = float("nan")
+    x[5, 6] = float("inf")
+    scales = weight.abs().amax(1, keepdim=True) / 127
+    packed = pack_bitmask(weight * keep, dtype=torch.int8, scales=scales)
+    operands = (packed.bitmask, packed.row_offsets, packed.values, packed.scales, offset)
+    exact = sparse_linear(x, *operands, 70)
+    rounded = sparse_linear(x, *operands, 70, 0, 4)
+    error = (rounded[:3] - exact[:3]).norm() / exact[:3].norm()
+    assert 1e-4 < float(error) < 0.02
+    assert torch.equal(rounded[3], exact[3])
+    assert rounded[4:].isnan().all()
+
+
+def test_sparse_linear_notices_a_wrong_width() -> None:
+    _, weight, _, _, keep = case((6, 70), 9, True)
+    packed = pack_bitmask(weight * keep)
+    operands = (packed.bitmask, packed.row_offsets, packed.values, None, None)
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ValueError, match="71 wide"):
+        sparse_linear(torch.empty(2, 71), *operands, 70)

@@ -1,0 +1,1 @@
+"""Kernels: what makes the zeros pay."""

@@ -1,0 +1,109 @@
+// Few rows of x: four rows of W at a time, expanded in registers and multiplied with x from cache.
+#include "avx512_block.h"
+
+namespace zs {
+namespace {
+
+using namespace avx512;
+
+constexpr int kRows = 4, kMaxTokens = 4;
+constexpr int64_t kMaxM = 8;
+constexpr int64_t kPrefetchBytes = 1024;  // ahead of each row: hides the latency of memory
+
+TokenBlocks token_blocks(int64_t m) {
+  const int64_t count = (m + kMaxTokens - 1) / kMaxTokens;
+  return {count, (m + count - 1) / count};
+}
+
+bool serves(const Weight& w, int64_t m, int32_t level) {
+  return m <= kMaxM && !(w.type == ZS_INT8 && level == 4);
+}
+
+size_t workspace(const Weight& w, int64_t m) { return panel_bytes(w, token_blocks(m)); }
+
+int64_t prepare_tasks(const Weight&, int64_t m) {
+  const TokenBlocks blocks = token_blocks(m);
+  return blocks.count * blocks.size;
+}
+
+void prepare(const Call& c, int64_t token) { arrange_token(c, token_blocks(c.m), token); }
+
+int64_t row_step(const Weight&, int64_t) { return kRows; }
+
+// Follows one row a fixed distance ahead; at its end it goes on in the row that is read next.
+struct Lookahead {
+  uintptr_t last;  // from here on, the distance leads beyond the row
+  uintptr_t jump;  // from the end of the row to the next one
+
+  uintptr_t operator()(const void* p) const {
+    const uintptr_t at = (uintptr_t)p;
+    return at + kPrefetchBytes + (at >= last ? jump : 0);
+  }
+};
+
+// Rows [n, end) of W, kRows at most, times the tokens of one block.
+template <class Values, int tokens>
+void multiply_rows(const Call& c, const float* x, int64_t first_token, int64_t n, int64_t end) {
+  const Weight& w = c.weight;
+  const int lines = lines_per_word(w);
+  using Element = typename Values::Element;
+  const Element* all = (const Element*)w.values;
+  int64_t row[kRows];
+  const Element* values[kRows];
+  Lookahead ahead[kRows];
+  __m512 sums[kRows][tokens];
+  unroll<kRows>([&](auto r) {
+    row[r] = std::min(n + r, end - 1);  // the last row again where there are fewer than kRows
+    values[r] = all + w.row_offsets[row[r]];
+    const uintptr_t row_end = (uintptr_t)(all + w.row_offsets[row[r] + 1]);
+    const uintptr_t next = (uintptr_t)(all + w.row_offsets[std::min(row[r] + kRows, w.rows)]);
+    ahead[r] = {row_end - kPrefetchBytes, next - row_end};
+    unroll<tokens>([&](auto t) { sums[r][t] = _mm512_setzero_ps(); });
+  });
+  multiply_words<Values, kRows, tokens>(
+      w, row, values, x, 0, w.words, sums,
+      [&](int r, const Element* p) { prefetch_lines(ahead[r](p), lines); });
+
+  const __mmask8 valid = (__mmask8)first_lanes(end - n);
+  const __m128 bias = c.bias ? _mm_maskz_loadu_ps(valid, c.bias + n) : _mm_setzero_ps();
+  unroll<tokens>([&](auto t) {
+    if (first_token + t >= c.m) return;
+    __m128 y = sum_lanes(sums[0][t], sums[1][t], sums[2][t], sums[3][t]);
+    if (Values::kRowScale) y = _mm_mul_ps(y, _mm_maskz_loadu_ps(valid, w.scales + n));
+    _mm_mask_storeu_ps(c.y + (first_token + t) * w.rows + n, valid, _mm_add_ps(y, bias));
+  });
+}
+
+template <class Values, int tokens>
+void all_rows(const Call& c, int64_t begin, int64_t end) {
+  const TokenBlocks blocks = token_blocks(c.m);
+  for (int64_t n = begin; n < end; n += kRows)
+    for (int64_t b = 0; b < blocks.count; b++)
+      multiply_rows<Values, tokens>(c, panel(c, blocks, b), b * tokens, n,
+                                           std::min(end, n + kRows));
+}
+
+void rows(const Call& c, int64_t begin, int64_t end) {
+  with_values(c.weight, [&](auto values) {
+    using Values = decltype(values);
+    switch (token_blocks(c.m).size) {
+      case 1: return all_rows<Values, 1>(c, begin, end);
+      case 2: return all_rows<Values, 2>(c, begin, end);
+      case 3: return all_rows<Values, 3>(c, begin, end);
+      default: return all_rows<Values, 4>(c, begin, end);
+    }
+  });
+}
+
+double cost(const Weight& w, int64_t m) {
+  return (double)w.rows * (double)w.words * (double)m * 20;  // TODO
+}
+
+}  // namespace
+
+extern const Path avx512_dot = {
+    "avx512-dot",  kAvx512, 0,        false /* zeros are multiplied */,
+    serves,        cost,    nullptr,  workspace,
+    prepare_tasks, prepare, row_step, rows};
+
+}  // namespace zs

@@ -1,0 +1,58 @@
+// The table of all kernels of this build.
+#include "path.h"
+
+namespace zs {
+
+#ifdef ZS_HAVE_AVX2
+extern const Path avx2_dot;
+extern const Path avx2_tile;
+extern const Path avx2_skip;
+extern const Path avx2_int8;
+#endif
+#ifdef ZS_HAVE_NEON
+extern const Path neon_dot;
+extern const Path neon_tile;
+extern const Path neon_skip;
+extern const Path neon_int8;
+#endif
+#ifdef ZS_HAVE_NEON_DOTPROD
+extern const Path neon_dotprod_int8;
+#endif
+extern const Path portable_dot;
+extern const Path portable_int8;
+#ifdef ZS_HAVE_AVX512
+extern const Path avx512_dot;
+extern const Path avx512_gather;
+extern const Path avx512_int8_dot;
+extern const Path avx512_tile;
+#endif
+
+static const Path* const kPaths[] = {
+#ifdef ZS_HAVE_AVX2
+    &avx2_dot,
+    &avx2_tile,
+    &avx2_skip,
+    &avx2_int8,
+#endif
+#ifdef ZS_HAVE_NEON
+    &neon_dot,
+    &neon_tile,
+    &neon_skip,
+    &neon_int8,
+#endif
+#ifdef ZS_HAVE_NEON_DOTPROD
+    &neon_dotprod_int8,
+#endif
+    &portable_dot,
+    &portable_int8,
+#ifdef ZS_HAVE_AVX512
+    &avx512_dot,
+    &avx512_gather,
+    &avx512_int8_dot,
+    &avx512_tile,
+#endif
+};
+
+PathList all_paths() { return {kPaths, kPaths + sizeof(kPaths) / sizeof(kPaths[0])}; }
+
+}  // namespace zs

@@ -1,0 +1,132 @@
+"""Times linears in chains, side by side: dense ones in ONNX Runtime, packed ones by their kernels."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx import helper
+
+from zeroskip.runtime.kernels.library import CpuLinear, ThreadPool
+
+HOPELESS = 2.0
+"""A candidate this much slower than dense is not timed a second time."""
+STABLE = 0.01
+
+
+class DenseChain:
+    """Dense products of one input with one weight after another, in one ONNX Runtime session.
+
+    Args:
+        rows: out_features.
+        columns: in_features.
+        copies: How many weights there are.
+        threads: Threads within an operator.
+    """
+
+    def __init__(self, rows: int, columns: int, copies: int, threads: int) -> None:
+        self.copies = copies
+        self._clock = clock(threads)
+        block = np.random.default_rng(0).standard_normal(65521, dtype=np.float32)
+        array = np.resize(block, (columns, rows))
+        names = [f"W{i}" for i in range(copies)]
+        nodes, outputs, weights = [], [], []
+        for i, name in enumerate(names):
+            # Only a row leaves the graph, so that the products share a buffer as in a model.
+            nodes.append(helper.make_node("MatMul", ["X", name], [f"Y{i}"]))
+            nodes.append(helper.make_node("Gather", [f"Y{i}", "zero"], [f"Z{i}"]))
+            outputs.append(helper.make_tensor_value_info(f"Z{i}", 1, [rows]))
+            stored = onnx.TensorProto(name=name, data_type=1, dims=[columns, rows])
+            stored.data_location = onnx.TensorProto.EXTERNAL
+            stored.external_data.add(key="location", value="memory")
+            weights.append(stored)
+        zero = helper.make_tensor("zero", onnx.TensorProto.INT64, [], [0])
+        x = helper.make_tensor_value_info("X", 1, ["m", columns])
+        graph = helper.make_graph(nodes, "chain", [x], outputs, [*weights, zero])
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        # Its threads must not be spinning while the other side is timed.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        # ONNX Runtime packs each into memory of its own: one array serves them all.
+        value = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+        options.add_external_initializers(names, [value] * copies)
+        self._session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+
+    def seconds(self, x: torch.Tensor) -> float:
+        """Runs all on x, float32 [m, columns]; returns the time of one."""
+        array = x.numpy()
+        begin = self._clock()
+        self._session.run(None, {"X": array})
+        return (self._clock() - begin) / self.copies
+
+
+class SparseChain:
+    """Packed weights that are multiplied one after another.
+
+    Args:
+        linears: Copies of one weight.
+        pool: Threads; None uses the calling one.
+    """
+
+    def __init__(self, linears: Sequence[CpuLinear], pool: ThreadPool | None) -> None:
+        self.linears = linears
+        self._pool = pool
+        self._clock = clock(1 if pool is None else 2)
+
+    def seconds(self, x: torch.Tensor, most: int) -> float:
+        """Runs at most so many of them on x, float32 [m, columns]; returns the time of one."""
+        used = self.linears[:most]
+        begin = self._clock()
+        for linear in used:
+            linear(x, pool=self._pool)
+        return (self._clock() - begin) / len(used)
+
+
+def compare(runs: Sequence[Callable[[], float]], seconds: float) -> list[list[float]]:
+    """Calls functions in turn until the first one's ratios to the others are known well enough.
+
+    Args:
+        runs: Each returns its own time; the first is the baseline.
+        seconds: About how long it may take; every run is made at least five times, but for those
+            that are so slow that one call settles it.
+
+    Returns:
+        The times of each, without the first call, which warms up.
+    """
+    first = [run() for run in runs]
+    live = [i for i in range(len(runs)) if i == 0 or first[i] <= HOPELESS * first[0]]
+    times: list[list[float]] = [[] if i in live else [first[i]] for i in range(len(runs))]
+    end = time.perf_counter() + seconds
+    while len(times[0]) < 5 or time.perf_counter() < end:
+        for i in live:
+            times[i].append(runs[i]())
+        if len(times[0]) >= 9 and all(
+            standard_error(times[0], times[i]) < STABLE for i in live[1:]
+        ):
+            break
+    return times
+
+
+def standard_error(dense: Sequence[float], sparse: Sequence[float]) -> float:
+    """Returns the relative standard error of a ratio of medians, from its rounds; 0 of one round."""
+    ratios = [a / b for a, b in zip(dense, sparse, strict=False) if b > 0]
+    if len(ratios) < 2:
+        return 0.0
+    middle = statistics.median(ratios)
+    spread = 1.4826 * statistics.median([abs(ratio - middle) for ratio in ratios])
+    return float(1.2533 * spread / middle / len(ratios) ** 0.5)
+
+
+def clock(threads: int) -> Callable[[], float]:
+    """Returns the clock for work on so many threads: of CPU time where one thread does it all."""
+    fine = time.get_clock_info("thread_time").resolution <= 1e-6
+    return time.thread_time if threads == 1 and fine else time.perf_counter

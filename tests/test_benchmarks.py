@@ -1,0 +1,139 @@
+"""Each benchmark runs at a minute size, and says which goals were met and which were not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zeroskip.runtime.kernels.location import try_library_path
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TIMEOUT = 300  # seconds; each takes a few on a quiet machine
+
+
+def run(script: str, folder: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
+    """Runs a benchmark; returns what it prints and its JSON."""
+    if try_library_path() is None:
+        pytest.skip("no library of kernels")
+    output = folder / "result.json"
+    command = [sys.executable, str(BENCHMARKS / script), "--json", str(output), *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads(output.read_text(encoding="utf-8"))
+
+
+def test_one_linear_is_timed_in_every_form(tmp_path: Path) -> None:
+    size = ("--shapes", "128x64", "--m", "1", "--patterns", "50%", "--rotate-mib", "1")
+    quick = ("--values", "float32", "int8", "--seconds", "0.05", "--rounds", "5")
+    printed, document = run("cpu_linear.py", tmp_path, *size, *quick, "--threads", "1")
+    rows = {row["candidate"]: row for row in document["results"]}
+    assert rows["ort float32"]["speedup"] == 1
+    rivals = {"ort dynamic int8", "ort int4 block 32", "torch float32", "torch bfloat16"}
+    assert rivals <= set(rows)
+    assert rows["sparse float32 layout 0"]["error"] < 1e-5
+    # Half of the weights as int8, one scale a row, random normal values: about half a percent.
+    assert 1e-4 < rows["sparse int8 level 4 layout 1"]["error"] < 0.03
+    assert rows["sparse float32 layout 0"]["through"] == "onnxruntime"
+    assert all(row["milliseconds"] > 0 and row["rounds"] >= 5 for row in rows.values())
+    assert document["machine"]["packages"]["onnxruntime"] in printed
+
+
+def test_kernels_can_be_timed_without_onnxruntime(tmp_path: Path) -> None:
+    size = ("--shapes", "64x32", "--m", "3", "--patterns", "2:4", "--rotate-mib", "1", "--direct")
+    quick = ("--values", "bfloat16", "--layouts", "0", "--rivals", "--rounds", "5")
+    _printed, document = run("cpu_linear.py", tmp_path, *size, *quick, "--threads", "2")
+    rows = {row["candidate"]: row for row in document["results"]}
+    assert set(rows) == {"ort float32", "sparse bfloat16 layout 0"}
+    assert rows["sparse bfloat16 layout 0"]["through"] == "python"
+    assert 1e-5 < rows["sparse bfloat16 layout 0"]["error"] < 0.01
+
+
+def test_whole_models_are_timed_and_weighed(tmp_path: Path) -> None:
+    quick = (
+        "--tiny",
+        "--inputs",
+        "1x16",
+        "decode",
+        "--patterns",
+        "50%",
+        "--values",
+        "float32",
+        "--seconds",
+        "0.05",
+    )
+    fewer = ("--rivals", "torch", "--rounds", "5", "--loads", "1")
+    _printed, document = run("cpu_model.py", tmp_path, *quick, *fewer)
+    rows = document["results"]
+    timed = [row for row in rows if row["inputs"] != "memory"]
+    assert {row["model"] for row in timed} == {"tiny-encoder", "tiny-decoder"}
+    assert {row["inputs"] for row in timed} == {"1x16", "decode"}
+    assert {row["candidate"] for row in timed} == {
+        "ort float32",
+        "torch float32",
+        "sparse float32 layout 0",
+        "sparse float32 layout 1",
+    }
+    # The same pruned model with dense weights computes the same.
+    errors = [row["error"] for row in timed if row["values"]]
+    assert errors
+    assert max(errors) < 1e-5
+    dense, *others = (row for row in rows if row["inputs"] == "memory")
+    assert dense["resident_ratio"] == 1
+    assert all(row["peak_load"] > row["imports"] > 0 for row in others)
+
+
+@pytest.fixture
+def goals(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import goals
+
+    return goals
+
+
+def linear_row(candidate: str, speedup: float, **changes: Any) -> dict[str, Any]:
+    values = candidate.split()[1] if candidate.startswith("sparse") else None
+    case = {"shape": "4096x4096", "m": 1, "threads": 1, "pattern": "50%", "layout": 0}
+    level = 4 if values == "int8" else 0
+    return {
+        **case,
+        "candidate": candidate,
+        "values": values,
+        "accuracy_level": level,
+        "speedup": speedup,
+        **changes,
+    }
+
+
+def test_a_goal_counts_the_best_form_of_its_worst_case(goals: Any) -> None:
+    rows = [
+        linear_row("sparse float32 layout 0", 1.9),
+        linear_row("sparse float32 layout 1", 1.5, layout=1),
+        linear_row("sparse float32 layout 0", 1.7, shape="4096x11008"),
+        linear_row("sparse float32 layout 0", 1.0, shape="768x3072"),
+    ]
+    found = {goal.name: goal for goal in goals.linear_goals(rows)}
+    name = "decode m=1, 4096x4096 and larger, 1 thread, 50% float32"
+    assert found[name].value == 1.7
+    assert found[name].met is False
+    assert "4096x11008" in found[name].worst
+    assert found[name.replace("float32", "bfloat16")].met is None
+    assert goals.print_goals(found.values()) is False
+
+
+def test_int8_values_are_held_against_int8_rivals(goals: Any) -> None:
+    rows = [
+        linear_row("ort dynamic int8", 3.0),
+        linear_row("ort int4 block 32", 4.0),
+        linear_row("sparse int8 layout 0", 5.4),
+        # Faster, but not as exact a comparison: activations in float32.
+        linear_row("sparse int8 layout 0", 9.0, accuracy_level=0),
+    ]
+    found = {goal.name: goal for goal in goals.linear_goals(rows)}
+    assert found["int8 values over ort dynamic int8, m=1, 50%"].value == pytest.approx(1.8)
+    assert found["int8 values over ort int4 block 32, m=1, 50%"].value == pytest.approx(1.35)
+    assert found["int8 values over ort int4 block 32, m=1, 50%"].met is True
