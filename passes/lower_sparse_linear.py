@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -114,17 +115,18 @@ class LowerSparseLinear(Pass):
         assert isinstance(known, Lowered)
         linears = [n for n in find_linears(program) if n.name not in known.operators]
         working_set = sum(4 * n.out_features * n.in_features for n in linears)
+        judge = None if self.choose == "always" else self._judge(working_set)
         for linear in linears:
             reason = "it is excluded" if linear.name not in chosen else _refusal(linear, program)
             if reason is None:
                 form = _format(linear, program)
                 weight = form.pack(linear.weight(program))
                 layout = _LAYOUTS[self.layout][0]
-                if self.choose != "always":
-                    verdict = self._judge(weight, form, working_set)
+                if judge is not None:
+                    verdict = judge(weight, accuracy_level=form.accuracy_level)
                     verdicts[linear.name] = verdict.to_json()
                     layout, reason = verdict.layout, verdict.reason
-                if self.choose == "always" or verdict.choice == "sparse":
+                if judge is None or verdict.choice == "sparse":
                     packed[linear.name] = PackedLinear.of(linear, program, weight, form, layout)
                     continue
             assert reason is not None
@@ -133,18 +135,18 @@ class LowerSparseLinear(Pass):
         fact = Lowered(dict.fromkeys(packed, OPERATOR), refusals, verdicts)
         return lowered.with_fact(known.merge(fact))
 
-    def _judge(self, weight: BitmaskWeight, form: ValueFormat, working_set: int) -> Verdict:
+    def _judge(self, working_set: int) -> Callable[..., Verdict]:
         # Only who lowers for speed needs ONNX Runtime, against which speed is measured.
-        from zeroskip.runtime.dispatch import judge
+        from zeroskip.runtime import dispatch
 
-        return judge(
-            weight,
+        return partial(
+            dispatch.judge,
             m_values=self.m,
             threads=self.threads or torch.get_num_threads(),
-            accuracy_level=form.accuracy_level,
             layouts=_LAYOUTS[self.layout],
             source="measure" if self.choose == "measure" else "table",
             working_set_bytes=working_set,
+            tuner=dispatch.new_tuner(),
         )
 
 

@@ -135,6 +135,14 @@ def decide(candidates: Mapping[int, Candidate]) -> Decision:
     return Decision("sparse", chosen, f"{found.mean:.2f}x{over}{at}")
 
 
+def new_tuner() -> Tuner | None:
+    """Returns what measures, for several calls of `judge`; None when there are no kernels."""
+    try:
+        return Tuner()
+    except KernelLibraryError:
+        return None
+
+
 def judge(
     weight: BitmaskWeight,
     *,

@@ -70,7 +70,7 @@ def measure_residence(
 
     with tempfile.TemporaryDirectory() as folder:
         inputs = Path(folder) / "inputs.npz"
-        np.savez(inputs, **dict(feeds))
+        np.savez(inputs, **dict(feeds))  # type: ignore[arg-type]  # its stub takes a flag by keyword
         request = {
             "model": os.fspath(model.absolute()),
             "inputs": os.fspath(inputs),

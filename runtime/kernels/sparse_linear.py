@@ -52,7 +52,7 @@ def _(
         return sparse_linear_reference(x, weight, bias, accuracy_level)
     options = (layout, accuracy_level)
     with _lock:
-        known = _ready.setdefault(values, {})
+        known: dict[tuple[int, int], _Ready] = _ready.get(values, {})  # type: ignore[no-untyped-call]
         ready = known.get(options)
         if ready is None or not _same(ready, bitmask, row_offsets, scales):
             linear = CpuLinear(
@@ -60,7 +60,8 @@ def _(
             )
             # A reference to the values would keep them, the key, alive for ever.
             linear.borrow()
-            ready = known[options] = _Ready(linear, bitmask, row_offsets, scales)
+            ready = _Ready(linear, bitmask, row_offsets, scales)
+            _ready[values] = {**known, options: ready}  # type: ignore[no-untyped-call]
     threads = torch.get_num_threads()
     pool = _pool(path, threads) if threads > 1 else None
     offset = None if bias is None else bias.float()

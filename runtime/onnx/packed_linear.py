@@ -21,7 +21,14 @@ from onnxscript.values import Op, Opset
 
 import zeroskip.ir.ops  # noqa: F401  (registers the operator)
 from zeroskip.ir.formats import count_blocks
-from zeroskip.runtime.onnx.sparse_linear import ATTRIBUTES, DOMAIN, INPUTS, OP, VERSION, function_body
+from zeroskip.runtime.onnx.sparse_linear import (
+    ATTRIBUTES,
+    DOMAIN,
+    INPUTS,
+    OP,
+    VERSION,
+    function_body,
+)
 
 _WIDE = 1 << 31  # from as many values on, positions need 64 bits
 
@@ -30,7 +37,9 @@ def _schema() -> OpSchema:
     """What onnxscript has to know to record a node; the full description is in the documentation."""
     kind = OpSchema.FormalParameterOption
     inputs = [
-        OpSchema.FormalParameter(name, f"T{i}", param_option=kind.Optional if i > 3 else kind.Single)
+        OpSchema.FormalParameter(
+            name, f"T{i}", param_option=kind.Optional if i > 3 else kind.Single
+        )
         for i, name in enumerate(INPUTS)
     ]
     types = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]

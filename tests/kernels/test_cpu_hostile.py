@@ -127,9 +127,7 @@ def raw(weight: BitmaskWeight, **fields: Any) -> str:
     for name, value in fields.items():
         setattr(view, name, value)
     handle, message = ctypes.c_void_p(), ctypes.create_string_buffer(MESSAGE_SIZE)
-    if library().zs_linear_create(
-        ctypes.byref(view), None, ctypes.byref(handle), message
-    ):
+    if library().zs_linear_create(ctypes.byref(view), None, ctypes.byref(handle), message):
         assert not handle.value
         return message.value.decode()
     library().zs_linear_destroy(handle)

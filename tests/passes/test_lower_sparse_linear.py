@@ -156,7 +156,7 @@ def verdicts(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, str]], list
                 dense_bytes=4 * weight.rows * weight.columns,
                 packed_bytes=weight.nbytes,
                 layout=1,
-                speedup={m: 1.25 if choice == "sparse" else 0.5 for m in options["m_values"]},
+                speedup=dict.fromkeys(options["m_values"], 1.25 if choice == "sparse" else 0.5),
                 choice=choice,
                 reason=f"{choice} was planted",
                 source="measured",

@@ -42,13 +42,11 @@ inline void arrange_token(const Call& c, const TokenBlocks& blocks, int64_t toke
 
 // Adds the products over words [begin, end) to sums; bits[r] is the bitmask of a row, values[r] its
 // values at `begin`, which moves on. `prefetch(r, p)` is called before the values at p are read.
-// Rows go in pairs that share each load of x: loads are what limits a single row.
 template <class Values, int rows, int tokens, class Prefetch>
 inline void multiply_words(const Weight& w, const int64_t (&row)[rows],
                            const typename Values::Element* (&values)[rows], const float* x,
                            int64_t begin, int64_t end, __m512 (&sums)[rows][tokens],
                            Prefetch&& prefetch) {
-  static_assert(rows % 2 == 0, "rows go in pairs");
   const uint64_t* bits[rows];
   float scale[rows];
   unroll<rows>([&](auto r) {
@@ -63,20 +61,15 @@ inline void multiply_words(const Weight& w, const int64_t (&row)[rows],
       unroll<rows>([&](auto r) { scale[r] = w.scales[row[r] * w.blocks + block]; });
     }
     for (; i < block_end; i++, x += tokens * 64)
-      unroll<rows / 2>([&](auto pair) {
-        __m512 v[2][4];
-        unroll<2>([&](auto j) {
-          constexpr int r = 2 * pair + j;
-          const uint64_t word = bits[r][i];
-          prefetch(r, values[r]);
-          Values::expand(values[r], word, scale[r], v[j]);
-          values[r] += count_bits(word);
-        });
+      unroll<rows>([&](auto r) {
+        const uint64_t word = bits[r][i];
+        prefetch(r, values[r]);
+        __m512 v[4];
+        Values::expand(values[r], word, scale[r], v);
+        values[r] += count_bits(word);
         unroll<4>([&](auto q) {
           unroll<tokens>([&](auto t) {
-            const __m512 columns = _mm512_load_ps(x + t * 64 + q * 16);
-            sums[2 * pair][t] = _mm512_fmadd_ps(v[0][q], columns, sums[2 * pair][t]);
-            sums[2 * pair + 1][t] = _mm512_fmadd_ps(v[1][q], columns, sums[2 * pair + 1][t]);
+            sums[r][t] = _mm512_fmadd_ps(v[q], _mm512_load_ps(x + t * 64 + q * 16), sums[r][t]);
           });
         });
       });

@@ -2,6 +2,7 @@
 //
 // A word of bitmask costs the dot kernel the same however few of its bits are set; this one pays
 // for kept weights only, with 2 more bytes for each of them.
+#include <algorithm>
 #include <vector>
 
 #include "avx512_values.h"
@@ -108,8 +109,13 @@ void rows(const Call& c, int64_t begin, int64_t end) {
   run(Bfloat16Values());
 }
 
+// Fitted to one thread of a Xeon with AVX-512 at 2.2 GHz: 4096 x 4096 weights of density 0.1 in
+// turn, larger than the caches, 1 and 2 tokens. Other work was running on the machine.
 double cost(const Weight& w, int64_t m) {
-  return (double)w.row_offsets[w.rows] * (double)m;  // TODO
+  const double kept = (double)w.row_offsets[w.rows];
+  const double compute = kept * (0.1 + 0.85 * (double)m);
+  const double memory = kept * (double)(value_bytes(w.type) + sizeof(uint16_t)) / kBytesPerCycle;
+  return std::max(compute, memory) + 0.5 * std::min(compute, memory) + 40.0 * (double)w.rows;
 }
 
 }  // namespace

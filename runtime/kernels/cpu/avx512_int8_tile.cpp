@@ -6,7 +6,6 @@
 // the groups is left.
 #include <algorithm>
 #include <cstring>
-#include <type_traits>
 
 #include "avx512_tokens.h"
 #include "path.h"
@@ -106,7 +105,7 @@ void expand(const Weight& w, int64_t word, int64_t words, SkipStrip& s) {
   }
 }
 
-// sums += W x of one slab for `Rows` rows and `Tiles` tiles of x. `x` is the slab of the first tile.
+// sums += W x of one slab for `Rows` rows and `Tiles` tiles of x; `x` is the first tile's slab.
 template <int Rows, int Tiles>
 void multiply_rows(DenseStrip& s, int64_t row, int64_t slab, int64_t words, const uint8_t* x,
                    int64_t stride, int64_t tile) {
@@ -237,11 +236,11 @@ double shared_cost(const Weight& w, int64_t m, double expansion, double product)
   return words * (expansion * chunks + product * tiles) + 15 * out + 2 * (double)(m * w.columns);
 }
 
-double tile_cost(const Weight& w, int64_t m) { return shared_cost(w, m, 4.5, 16 * 0.8); }
+double tile_cost(const Weight& w, int64_t m) { return shared_cost(w, m, 7 + 10 * w.density, 16.5); }
 
 double skip_cost(const Weight& w, int64_t m) {
   const double clear = (1 - w.density) * (1 - w.density);
-  return shared_cost(w, m, 14, 16 * (1 - clear * clear) * 1.2 + 1);
+  return shared_cost(w, m, 25, 16 * (1 - clear * clear) * 1.8);
 }
 
 size_t workspace(const Weight& w, int64_t m) { return ByteTiles::bytes(w, m); }

@@ -1,4 +1,4 @@
-// Kept values under their bitmask, expanded to float32 in AVX-512 registers, and x laid out to match.
+// Kept values under their bitmask, expanded to float32 in registers, and x laid out to match.
 //
 // Only files that are compiled for AVX-512 (F, BW, DQ, VL, VBMI2) may include this.
 #pragma once
@@ -28,7 +28,8 @@ inline int64_t count_bits(uint64_t word) { return (int64_t)_mm_popcnt_u64(word);
 
 // The first `count` (0 and less to 16 and more) of 16 lanes.
 inline __mmask16 first_lanes(int64_t count) {
-  return count >= 16 ? (__mmask16)0xffff : count <= 0 ? (__mmask16)0 : (__mmask16)((1u << count) - 1);
+  if (count <= 0) return 0;
+  return count >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << count) - 1);
 }
 
 // The order in which 64 columns lie in four registers, lane j of register q:
@@ -136,7 +137,8 @@ inline auto with_values(const Weight& w, Body&& body) {
 
 // The even and the odd lanes of 32.
 inline void split_pairs(__m512 a, __m512 b, __m512* even, __m512* odd) {
-  const __m512i first = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i first =
+      _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   *even = _mm512_permutex2var_ps(a, first, b);
   *odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(first, _mm512_set1_epi32(1)), b);
 }
@@ -169,10 +171,21 @@ inline __m128 sum_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
   // Each quarter of a register is now (a, b, a, b) or (c, d, c, d): join them to (a, b, c, d).
-  const __m512 sums = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  const __m512 sums =
+      _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(sums), _mm512_extractf32x8_ps(sums, 1));
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
+
+// The bytes that a weight is read from: values, bitmask and scales.
+inline double stored_bytes(const Weight& w) {
+  const double kept = (double)w.row_offsets[w.rows], words = (double)(w.rows * w.words);
+  const double scales = w.scales ? (double)(w.rows * w.blocks) * sizeof(float) : 0;
+  return kept * (double)value_bytes(w.type) + words * sizeof(uint64_t) + scales;
+}
+
+// Of memory that is not in cache, per cycle; see the costs of the kernels.
+constexpr double kBytesPerCycle = 4;
 
 // Software prefetches for a word of bitmask: the lines of memory that its values take on average.
 inline int lines_per_word(const Weight& w) {

@@ -43,7 +43,9 @@ struct NeonInt8Base {
   }
 
   // Bits in each byte of a word, so that eight expansions need not count one by one.
-  static uint64_t counts(uint64_t bits) { return vget_lane_u64(vreinterpret_u64_u8(vcnt_u8(vcreate_u8(bits))), 0); }
+  static uint64_t counts(uint64_t bits) {
+    return vget_lane_u64(vreinterpret_u64_u8(vcnt_u8(vcreate_u8(bits))), 0);
+  }
 
   static RowScale range(const float* x, int64_t columns) {
     float low = 0, high = 0;

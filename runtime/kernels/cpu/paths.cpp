@@ -24,7 +24,14 @@ extern const Path portable_int8;
 extern const Path avx512_dot;
 extern const Path avx512_gather;
 extern const Path avx512_int8_dot;
+extern const Path avx512_int8_skip;
+extern const Path avx512_int8_tile;
+extern const Path avx512_throughput;
 extern const Path avx512_tile;
+#endif
+#ifdef ZS_HAVE_AMX
+extern const Path amx_bfloat16;
+extern const Path amx_int8;
 #endif
 
 static const Path* const kPaths[] = {
@@ -49,7 +56,14 @@ static const Path* const kPaths[] = {
     &avx512_dot,
     &avx512_gather,
     &avx512_int8_dot,
+    &avx512_int8_skip,
+    &avx512_int8_tile,
+    &avx512_throughput,
     &avx512_tile,
+#endif
+#ifdef ZS_HAVE_AMX
+    &amx_bfloat16,
+    &amx_int8,
 #endif
 };
 

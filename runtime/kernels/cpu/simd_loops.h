@@ -229,7 +229,8 @@ struct SimdLoops {
   static void panel(const Call& c, int64_t task) {
     const Weight& w = c.weight;
     const int64_t first = task / w.words * kPanelTokens, k = task % w.words * 64;
-    const int64_t tokens = std::min(kPanelTokens, c.m - first), columns = std::min<int64_t>(64, w.columns - k);
+    const int64_t tokens = std::min(kPanelTokens, c.m - first);
+    const int64_t columns = std::min<int64_t>(64, w.columns - k);
     float* to = (float*)c.workspace + task * 64 * kPanelTokens;
     std::fill(to, to + 64 * kPanelTokens, 0.0f);
     for (int64_t t = 0; t < tokens; t++)

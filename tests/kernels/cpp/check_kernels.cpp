@@ -2,8 +2,8 @@
 //
 //   check_kernels [all | quick | threads | hostile]
 //
-// It is built with sanitizers, and for other CPUs to run under an emulator; all memory is of exactly
-// the size that the interface asks for. Prints what it did; the exit status says whether all is well.
+// It is built with sanitizers, and for other CPUs to run under an emulator; all memory is of
+// exactly the size that the interface asks for. The exit status says whether all is well.
 #include <cstdarg>
 #include <memory>
 #include <thread>
@@ -120,7 +120,8 @@ Linear create(const TestWeight& w, unsigned char* values, const Case& test) {
 
 std::vector<Case> cases(int32_t level) {
   std::vector<Case> all;
-  for (int32_t i = 0; const char* name = zs_kernel_name(i); i++) all.push_back({name, nullptr, 1, level});
+  for (int32_t i = 0; const char* name = zs_kernel_name(i); i++)
+    all.push_back({name, nullptr, 1, level});
   for (const char* set : {"portable", "avx2", "avx512", "amx", "neon"})
     for (int32_t layout : {0, 1}) all.push_back({nullptr, set, layout, level});
   return all;
@@ -204,11 +205,13 @@ int check_hostile() {
   int refused = 0;
   for (int round = 0; round < 3000; round++) {
     const zs_value_type type = (zs_value_type)(random() % 4);
-    const Shape shape = {(int64_t)(random() % 9), (int64_t)(random() % 200), (int64_t)(random() % 3 * 64), type};
+    const Shape shape = {(int64_t)(random() % 9), (int64_t)(random() % 200),
+                         (int64_t)(random() % 3 * 64), type};
     TestWeight w(shape, 0.5, random());
     Exact<unsigned char> values = w.values();
     zs_weight view = w.view(w.values_in(values));
-    const int64_t numbers[] = {-1, 0, 1, 63, 65, INT64_MAX, INT64_MIN, INT64_MAX / 8, (int64_t)1 << 40};
+    const int64_t numbers[] = {-1,        0,         1,  63, 65, INT64_MAX / 8,
+                               INT64_MAX, INT64_MIN, (int64_t)1 << 40};
     const int64_t number = numbers[random() % 9];
     const int kind = random() % 9;
     // Counts only shrink: a caller that says an array is longer than it is cannot be found out.
@@ -222,7 +225,10 @@ int check_hostile() {
       case 5: shrink(view.row_offsets_count); break;
       case 6: view.value_type = round % 2 ? 4 + (int32_t)(random() % 100) : -1; break;
       case 7: view.block_size = 1 + (int64_t)(random() % 63) + (number & ~(int64_t)63); break;
-      case 8: if (w.bitmask.size()) w.bitmask[random() % w.bitmask.size()] ^= (uint64_t)1 << random() % 64; break;
+      case 8:
+        if (w.bitmask.size())
+          w.bitmask[random() % w.bitmask.size()] ^= (uint64_t)1 << random() % 64;
+        break;
     }
     zs_linear* linear = nullptr;
     char message[ZS_MESSAGE_SIZE] = "";
@@ -252,7 +258,9 @@ int main(int count, char** arguments) {
   const std::string mode = count > 1 ? arguments[1] : "all";
   for (int32_t i = 0; const char* name = zs_kernel_name(i); i++) printf("%s ", name);
   printf("\n");
-  const int failed = mode == "threads" ? check_threads() : mode == "hostile" ? check_hostile() : check_all(mode == "quick");
+  const int failed = mode == "threads"   ? check_threads()
+                     : mode == "hostile" ? check_hostile()
+                                         : check_all(mode == "quick");
   printf("%ld comparisons, %d failures\n", comparisons, failures);
   return failed;
 }

@@ -131,7 +131,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const float small = (float)first[(size_t)i * bytes_of(type)] / 16 - 8;
     uint32_t bits;
     memcpy(&bits, &small, 4);
-    const uint16_t top = (uint16_t)(bits >> 16), half = (uint16_t)(0x3000 | first[i * (int64_t)bytes_of(type)]);
+    const uint16_t top = (uint16_t)(bits >> 16);
+    const uint16_t half = (uint16_t)(0x3000 | first[(size_t)i * bytes_of(type)]);
     if (type == ZS_FLOAT32) memcpy(first + i * 4, &bits, 4);
     if (type == ZS_BFLOAT16) memcpy(first + i * 2, &top, 2);
     if (type == ZS_FLOAT16) memcpy(first + i * 2, &half, 2);
