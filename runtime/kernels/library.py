@@ -202,6 +202,16 @@ class CpuLinear:
             bias: float32 [rows] or None.
             pool: Threads; None uses the calling one.
         """
+        if x.shape[-1:] != (self.columns,) or x.dtype != torch.float32 or not x.is_cpu:
+            raise LoweringError(
+                f"x is {tuple(x.shape)} {x.dtype} on {x.device}",
+                next_step=f"pass float32 [..., {self.columns}] on the CPU",
+            )
+        if bias is not None and (bias.shape != (self.rows,) or bias.dtype != torch.float32):
+            raise LoweringError(
+                f"the bias is {tuple(bias.shape)} {bias.dtype}",
+                next_step=f"pass float32 [{self.rows}], or None",
+            )
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], self.rows))
         bias = None if bias is None else bias.contiguous()

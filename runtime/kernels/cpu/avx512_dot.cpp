@@ -42,9 +42,10 @@ struct Lookahead {
 };
 
 // Rows [n, end) of W, kRows at most, times the tokens of one block.
-template <class Values, int tokens, int lines>
+template <class Values, int tokens>
 void multiply_rows(const Call& c, const float* x, int64_t first_token, int64_t n, int64_t end) {
   const Weight& w = c.weight;
+  const int lines = lines_per_word(w);
   using Element = typename Values::Element;
   const Element* all = (const Element*)w.values;
   int64_t row[kRows];
@@ -73,40 +74,30 @@ void multiply_rows(const Call& c, const float* x, int64_t first_token, int64_t n
   });
 }
 
-template <class Values, int tokens, int lines>
+template <class Values, int tokens>
 void all_rows(const Call& c, int64_t begin, int64_t end) {
   const TokenBlocks blocks = token_blocks(c.m);
   for (int64_t n = begin; n < end; n += kRows)
     for (int64_t b = 0; b < blocks.count; b++)
-      multiply_rows<Values, tokens, lines>(c, panel(c, blocks, b), b * tokens, n,
+      multiply_rows<Values, tokens>(c, panel(c, blocks, b), b * tokens, n,
                                            std::min(end, n + kRows));
-}
-
-// `lines` is a constant because a loop over it is dear beside so few multiplications.
-template <class Values, int tokens>
-void choose_lines(const Call& c, int64_t begin, int64_t end) {
-  switch (lines_per_word(c.weight)) {
-    case 1: return all_rows<Values, tokens, 1>(c, begin, end);
-    case 2: return all_rows<Values, tokens, 2>(c, begin, end);
-    default: return all_rows<Values, tokens, 4>(c, begin, end);
-  }
 }
 
 void rows(const Call& c, int64_t begin, int64_t end) {
   with_values(c.weight, [&](auto values) {
     using Values = decltype(values);
     switch (token_blocks(c.m).size) {
-      case 1: return choose_lines<Values, 1>(c, begin, end);
-      case 2: return choose_lines<Values, 2>(c, begin, end);
-      case 3: return choose_lines<Values, 3>(c, begin, end);
-      default: return choose_lines<Values, 4>(c, begin, end);
+      case 1: return all_rows<Values, 1>(c, begin, end);
+      case 2: return all_rows<Values, 2>(c, begin, end);
+      case 3: return all_rows<Values, 3>(c, begin, end);
+      default: return all_rows<Values, 4>(c, begin, end);
     }
   });
 }
 
 // Fitted to one thread of a Xeon with AVX-512 at 2.2 GHz, density 0.1 and 0.5, 1 to 8 tokens:
-// compute to a 3072 x 768 weight in cache, memory to 4096 x 4096 weights in turn, larger than the caches.
-// float16 was taken as float32. Other work was running on the machine.
+// compute to a 3072 x 768 weight in cache, memory to 4096 x 4096 weights in turn, larger than the
+// caches. float16 was taken as float32. Other work was running on the machine.
 double cost(const Weight& w, int64_t m) {
   const TokenBlocks blocks = token_blocks(m);
   const bool wide = w.type == ZS_FLOAT32 || w.type == ZS_FLOAT16;  // 16 columns for an expansion

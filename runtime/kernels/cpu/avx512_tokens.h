@@ -87,8 +87,8 @@ struct Place {
   bool first;  // y = bias + product; otherwise y += product
 };
 
-// Writes scale (sum - zero point * kept) to y. `sums` is [16 rows of W][16 rows of x]; `kept` has the
-// sums of the kept values of each row of W.
+// Writes scale (sum - zero point * kept) to y. `sums` is [16 rows of W][16 rows of x]; `kept` has
+// the sums of the kept values of each row of W.
 void write_int8_tile(const Call& c, const Place& place, const int32_t* sums, const int32_t* kept);
 
 }  // namespace avx512

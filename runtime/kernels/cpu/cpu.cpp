@@ -120,10 +120,13 @@ uint32_t features_up_to(const char* name) {
 }  // namespace zs
 
 extern "C" const char* zs_instruction_sets(void) {
-  const uint32_t f = zs::cpu_features();
-  if (f & zs::kAmx) return "amx avx512 avx2 portable";
-  if (f & zs::kAvx512) return "avx512 avx2 portable";
-  if (f & zs::kAvx2) return "avx2 portable";
-  if (f & zs::kNeon) return "neon portable";
-  return "portable";
+  uint32_t built = 0;  // what at least one kernel of this build needs
+  const zs::PathList paths = zs::all_paths();
+  for (const zs::Path* const* p = paths.begin; p != paths.end; p++) built |= (*p)->needs;
+  const uint32_t usable = built & zs::cpu_features();
+  const bool amx = usable & zs::kAmx, avx512 = usable & zs::kAvx512, avx2 = usable & zs::kAvx2;
+  if (usable & zs::kNeon) return "neon portable";
+  if (amx) return avx512 ? "amx avx512 avx2 portable" : "amx avx2 portable";
+  if (avx512) return avx2 ? "avx512 avx2 portable" : "avx512 portable";
+  return avx2 ? "avx2 portable" : "portable";
 }
