@@ -188,9 +188,10 @@ class CpuLinear:
         """The memory held besides the packed tensors."""
         return int(self._library.zs_linear_bytes(self._handle))
 
-    def kernel(self, m: int) -> str:
-        """Returns the name of the kernel that serves m rows of x."""
-        return str(self._library.zs_linear_kernel(self._handle, m).decode())
+    def kernel(self, m: int) -> str | None:
+        """Returns the name of the kernel that serves m rows of x; None if none does."""
+        name = self._library.zs_linear_kernel(self._handle, m)
+        return None if name is None else str(name.decode())
 
     def __call__(
         self, x: torch.Tensor, bias: torch.Tensor | None = None, pool: ThreadPool | None = None
@@ -226,6 +227,10 @@ class CpuLinear:
             ctypes.cast(self._library.zs_pool_run, c_void_p) if pool else None,
             pool.handle if pool else None,
         )
+        if failed and self.kernel(m) is None:
+            raise LoweringError(
+                f"no kernel takes {m} rows", next_step="leave the choice of the kernel to the library"
+            )
         if failed:
             raise MemoryError("no memory for the scratch space of a sparse linear")
         return y

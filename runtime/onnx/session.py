@@ -65,9 +65,9 @@ class OnnxModel:
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
-        if uses_sparse_linear(self.path):
-            _use_kernels(options, self.path)
         try:
+            if uses_sparse_linear(self.path):
+                _use_kernels(options, self.path)
             for library in custom_ops:
                 options.register_custom_ops_library(str(library))
             self._session = onnxruntime.InferenceSession(

@@ -76,6 +76,15 @@ def round_rows(x: torch.Tensor) -> torch.Tensor:
     return rounded
 
 
+def tolerance(where: object) -> float:
+    """What a kernel may be off, as a share of the sum of all terms without their signs.
+
+    The AMX kernel for bfloat16 values takes x in two bfloat16 parts, 16 bits in all: far closer
+    than the 8 bits of the values, but not as close as float32.
+    """
+    return 2.0**-16 if "amx-bfloat16" in str(where) else 2e-6
+
+
 def check(
     y: torch.Tensor,
     weight: BitmaskWeight,
@@ -98,7 +107,7 @@ def check(
     # Infinities as they are, NaN where NaN is.
     assert torch.equal(y[~finite].nan_to_num(7.0), wanted[~finite].float().nan_to_num(7.0)), where
     error = ((y.double() - wanted).abs() / terms)[finite]
-    assert not error.numel() or error.max() < 2e-6, (where, float(error.max()))
+    assert not error.numel() or error.max() < tolerance(where), (where, float(error.max()))
 
 
 def linears(
@@ -131,4 +140,4 @@ def linears(
 
 def serves(linear: CpuLinear, m: int) -> bool:
     """Whether a linear that was made for one kernel can compute m rows."""
-    return library().zs_linear_kernel(linear._handle, m) is not None
+    return linear.kernel(m) is not None

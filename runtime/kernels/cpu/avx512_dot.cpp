@@ -8,7 +8,7 @@ using namespace avx512;
 
 constexpr int kRows = 4, kMaxTokens = 4;
 constexpr int64_t kMaxM = 8;
-constexpr int64_t kPrefetchBytes = 1024;  // ahead of each row: hides the latency of memory
+constexpr int64_t kPrefetchBytes = 2048;  // ahead of each row: hides the latency of memory
 
 TokenBlocks token_blocks(int64_t m) {
   const int64_t count = (m + kMaxTokens - 1) / kMaxTokens;

@@ -1,7 +1,7 @@
 // One or two rows of x and a very sparse W: column numbers instead of bits, and x is gathered.
 //
 // A word of bitmask costs the dot kernel the same however few of its bits are set; this one pays
-// for kept weights only, with 2 more bytes for each of them.
+// for kept weights only, with a little more than a byte for each of them.
 #include <algorithm>
 #include <vector>
 
@@ -12,14 +12,22 @@ namespace {
 
 using namespace avx512;
 
-constexpr double kMaxDensity = 0.2;  // keeps the form below 0.4 bytes for a weight
-constexpr int64_t kMaxColumns = 65536;
-constexpr int kPadding = 64;             // elements behind the columns, for the stores of make_form
-constexpr int64_t kPrefetchBytes = 1024;
+constexpr double kMaxDensity = 0.2;  // keeps the form below 0.25 bytes for a weight
+constexpr int64_t kMaxColumns = (int64_t)1 << 24;
+constexpr int64_t kPadding = 64;  // elements behind the last, which whole registers may read
+constexpr int64_t kPrefetchBytes = 4096;
+constexpr int kLanes = 16;
 
+// The kept weights of a row in groups of up to 16 whose columns lie within 256 of the first: one
+// byte for each column, and 4 for a group.
 struct Columns : Form {
-  std::vector<uint16_t> columns;  // of each kept weight
-  size_t bytes() const override { return columns.size() * sizeof(uint16_t); }
+  std::vector<uint8_t> distances;      // of each kept weight from the first column of its group
+  std::vector<uint32_t> groups;        // first column * 256 + number of weights
+  std::vector<int64_t> group_offsets;  // [rows + 1]
+  size_t bytes() const override {
+    return distances.size() + groups.size() * sizeof(uint32_t) +
+           group_offsets.size() * sizeof(int64_t);
+  }
 };
 
 bool serves(const Weight& w, int64_t m, int32_t) {
@@ -28,22 +36,27 @@ bool serves(const Weight& w, int64_t m, int32_t) {
 
 std::unique_ptr<Form> make_form(const Weight& w) {
   std::unique_ptr<Columns> form(new Columns);
-  form->columns.resize((size_t)w.row_offsets[w.rows] + kPadding);
-  uint16_t* out = form->columns.data();
-  alignas(64) uint16_t first[32];
-  for (int i = 0; i < 32; i++) first[i] = (uint16_t)i;
-  const __m512i lanes = _mm512_load_si512(first);
-  for (int64_t n = 0; n < w.rows; n++)
-    for (int64_t i = 0; i < w.words; i++) {
-      const uint64_t word = w.bitmask[n * w.words + i];
-      const uint32_t half[2] = {(uint32_t)word, (uint32_t)(word >> 32)};
-      for (int h = 0; h < 2; h++) {
-        const __m512i columns =
-            _mm512_add_epi16(lanes, _mm512_set1_epi16((short)(uint16_t)(i * 64 + h * 32)));
-        _mm512_storeu_si512(out, _mm512_maskz_compress_epi16(half[h], columns));
-        out += count_bits(half[h]);
+  const int64_t kept = w.row_offsets[w.rows];
+  form->distances.resize((size_t)(kept + kPadding));
+  form->groups.reserve((size_t)(kept / kLanes + w.rows));
+  form->group_offsets.reserve((size_t)w.rows + 1);
+  uint8_t* out = form->distances.data();
+  for (int64_t n = 0; n < w.rows; n++) {
+    form->group_offsets.push_back((int64_t)form->groups.size());
+    int64_t first = 0, count = 0;
+    for (int64_t i = 0; i < w.words; i++)
+      for (uint64_t left = w.bitmask[n * w.words + i]; left; left &= left - 1) {
+        const int64_t column = i * 64 + (int64_t)_tzcnt_u64(left);
+        if (count == kLanes || (count && column - first > 255)) {
+          form->groups.push_back((uint32_t)(first << 8 | count));
+          count = 0;
+        }
+        if (count++ == 0) first = column;
+        *out++ = (uint8_t)(column - first);
       }
-    }
+    if (count) form->groups.push_back((uint32_t)(first << 8 | count));
+  }
+  form->group_offsets.push_back((int64_t)form->groups.size());
   return form;
 }
 
@@ -64,32 +77,36 @@ inline __m512 load(const uint16_t* p, __mmask16 lanes, Bfloat16Values) {
 template <class Values, int tokens>
 void all_rows(const Call& c, int64_t begin, int64_t end) {
   const Weight& w = c.weight;
-  const auto* values = (const typename Values::Element*)w.values;
-  const uint16_t* columns = ((const Columns*)c.form)->columns.data();
+  const Columns& form = *(const Columns*)c.form;
   for (int64_t n = begin; n < end; n++) {
     constexpr int kChains = 4;  // independent sums, so that additions do not wait for each other
     __m512 sums[kChains][tokens];
     unroll<kChains * tokens>([&](auto i) { sums[i / tokens][i % tokens] = _mm512_setzero_ps(); });
-    int64_t i = w.row_offsets[n];
-    const int64_t row_end = w.row_offsets[n + 1];
-    const auto add = [&](auto chain, int64_t at, __mmask16 lanes) {
-      const __m512i index =
-          _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, columns + at));
-      const __m512 v = load(values + at, lanes, Values());
+    const auto* value = (const typename Values::Element*)w.values + w.row_offsets[n];
+    const uint8_t* distance = form.distances.data() + w.row_offsets[n];
+    const uint32_t* group = form.groups.data() + form.group_offsets[n];
+    const uint32_t* const last = form.groups.data() + form.group_offsets[n + 1];
+    const auto add = [&](auto chain) {
+      const uint32_t first = *group >> 8, count = *group & 255;
+      const __mmask16 lanes = (__mmask16)((1u << count) - 1);
+      const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)distance));
+      const __m512 v = load(value, lanes, Values());
       unroll<tokens>([&](auto t) {
         const __m512 x = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes, index,
-                                                  c.x + t * w.columns, sizeof(float));
+                                                  c.x + t * w.columns + first, sizeof(float));
         sums[chain][t] = _mm512_fmadd_ps(v, x, sums[chain][t]);
       });
+      group++;
+      value += count;
+      distance += count;
     };
-    for (; i + 16 * kChains <= row_end; i += 16 * kChains) {
+    for (; group + kChains <= last;) {
       // Rows lie one after the other: straight ahead is always right.
-      prefetch_lines((uintptr_t)(values + i) + kPrefetchBytes, (int)sizeof(*values));
-      prefetch_lines((uintptr_t)(columns + i) + kPrefetchBytes, (int)sizeof(*columns));
-      unroll<kChains>([&](auto chain) { add(chain, i + 16 * chain, (__mmask16)0xffff); });
+      prefetch_lines((uintptr_t)value + kPrefetchBytes, (int)sizeof(*value));
+      prefetch_lines((uintptr_t)distance + kPrefetchBytes, 1);
+      unroll<kChains>([&](auto chain) { add(chain); });
     }
-    for (; i < row_end; i += 16)
-      add(std::integral_constant<int, 0>(), i, first_lanes(row_end - i));
+    while (group != last) add(std::integral_constant<int, 0>());
     unroll<tokens>([&](auto t) {
       const __m512 sum = _mm512_add_ps(_mm512_add_ps(sums[0][t], sums[1][t]),
                                        _mm512_add_ps(sums[2][t], sums[3][t]));
@@ -114,7 +131,7 @@ void rows(const Call& c, int64_t begin, int64_t end) {
 double cost(const Weight& w, int64_t m) {
   const double kept = (double)w.row_offsets[w.rows];
   const double compute = kept * (0.1 + 0.85 * (double)m);
-  const double memory = kept * (double)(value_bytes(w.type) + sizeof(uint16_t)) / kBytesPerCycle;
+  const double memory = kept * ((double)value_bytes(w.type) + 1.25) / kBytesPerCycle;
   return std::max(compute, memory) + 0.5 * std::min(compute, memory) + 40.0 * (double)w.rows;
 }
 

@@ -93,7 +93,7 @@ ZS_EXPORT size_t zs_linear_workspace(const zs_linear* linear, int64_t m);
 
    workspace: zs_linear_workspace(linear, m) bytes, aligned to 64, or null: allocated.
    run: null runs everything on the calling thread.
-   Returns 0, or 1 when memory is exhausted. */
+   Returns 0, or 1 when memory is exhausted or the kernel asked for by name does not take m rows. */
 ZS_EXPORT int32_t zs_linear_run(const zs_linear* linear, const float* x, int64_t m, float* y,
                                 const float* bias, void* workspace, zs_parallel_for run,
                                 void* context);

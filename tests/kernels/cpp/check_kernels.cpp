@@ -97,7 +97,9 @@ void compare(const Shape& s, const Case& test, const Product& product, const zs_
   if (failed) return complain("%s: run failed", name);
   for (size_t i = 0; i < y.size(); i++) {
     const double wanted = product.y[i] + (bias ? bias[i % (size_t)s.rows] : 0.0f), got = y[i];
-    const bool same = std::isfinite(wanted) ? std::fabs(got - wanted) <= product.allowed[i]
+    // x in two bfloat16 parts has 16 bits; everything else computes in float32.
+    const double allowed = product.allowed[i] * (strstr(name, "amx-bfloat16") ? 8 : 1);
+    const bool same = std::isfinite(wanted) ? std::fabs(got - wanted) <= allowed
                       : std::isnan(wanted)  ? std::isnan(got)
                                             : got == wanted;
     comparisons++;
@@ -173,7 +175,7 @@ int check_threads() {
       Exact<unsigned char> values = w.values();
       for (const Case& test : cases(level)) {
         const Linear linear = create(w, w.values_in(values), test);
-        if (!linear) continue;
+        if (!linear || !zs_linear_kernel(linear.get(), 16)) continue;
         const std::unique_ptr<zs_pool, PoolCloser> shared(zs_pool_create(3));
         std::vector<float> x(16 * 200, 0.5f), first(16 * 300);
         zs_linear_run(linear.get(), x.data(), 16, first.data(), nullptr, nullptr, nullptr, nullptr);

@@ -120,7 +120,7 @@ def expected(
     return x64 @ dense.T + (0 if bias is None else bias.double().numpy())
 
 
-def close(found: np.ndarray, wanted: np.ndarray) -> bool:
+def close(found: np.ndarray, wanted: np.ndarray, limit: float = 2e-6) -> bool:
     """Compares relative to the largest number: sums of floats differ by their order."""
     scale = max(1.0, float(np.abs(wanted).max())) if wanted.size else 1.0
-    return found.shape == wanted.shape and np.allclose(found, wanted, rtol=0, atol=2e-6 * scale)
+    return found.shape == wanted.shape and np.allclose(found, wanted, rtol=0, atol=limit * scale)

@@ -79,7 +79,9 @@ def test_kernels_compute_the_product(dtype: torch.dtype, m: int, layout: int) ->
     weight = packed(130, 200, dtype)
     x = inputs(1, m, 200)
     found = run(session(model_of(weight, layout=layout), threads=2), x)
-    assert close(found, expected(weight, x))
+    # With AMX, bfloat16 weights meet activations of 16 bits.
+    limit = 2.0**-16 if dtype == torch.bfloat16 else 2e-6
+    assert close(found, expected(weight, x), limit)
 
 
 def test_scales_and_bias_may_be_left_out() -> None:
