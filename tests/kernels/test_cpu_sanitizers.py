@@ -24,14 +24,22 @@ ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="sanitizers need GCC or clang")
 
 
-def compile_kernels(folder: Path, compiler: str, machine: str, flags: tuple[str, ...]) -> list[str]:
-    """Compiles all kernels that a compiler knows for a machine; returns the objects."""
+def compile_kernels(
+    folder: Path,
+    compiler: str,
+    machine: str,
+    flags: tuple[str, ...],
+    left_out: tuple[str, ...] = (),
+) -> list[str]:
+    """Compiles the kernels that a compiler knows for a machine; returns the objects."""
     defines, groups = [], {"": ""}
     for group in build.GROUPS:
         probe = folder / "probe.cpp"
         probe.write_text(group.probe)
         command = [compiler, *group.flags.split(), "-std=c++17", "-c", str(probe)]
-        if machine in group.machines and _runs([*command, "-o", str(folder / "probe.o")]):
+        if group.name in left_out or machine not in group.machines:
+            continue
+        if _runs([*command, "-o", str(folder / "probe.o")]):
             groups[group.name] = group.flags
             defines.append(f"-DZS_HAVE_{group.name.upper()}")
     sources = {path: build._group_of(path) for path in sorted(build.SOURCES.glob("*.cpp"))}
@@ -111,7 +119,10 @@ def test_mutated_inputs(tmp_path: Path, compiler: str, checked: list[str]) -> No
 
 
 def test_threads(tmp_path: Path, compiler: str) -> None:
-    kernels = compile_kernels(tmp_path, compiler, build.architectures()[0], THREAD)
+    # What threads share is the same for all kernels: those that take a minute to compile are left out.
+    kernels = compile_kernels(
+        tmp_path, compiler, build.architectures()[0], THREAD, ("avx512", "amx")
+    )
     program = link_driver(tmp_path, "check_kernels", compiler, kernels, THREAD)
     assert " 0 failures" in _run([program, "threads"], TSAN_OPTIONS="halt_on_error=1")
 

@@ -240,8 +240,8 @@ double cost(const Weight& w, int64_t m) {
   const double words = (double)w.rows * (double)w.words;
   const double tiles = (double)avx512::token_tiles(m);
   const double chunks = (double)((avx512::token_tiles(m) + chunk_tiles(w) - 1) / chunk_tiles(w));
-  // Fitted to a Xeon: the expansion and its memory traffic, then products.
-  return words * ((14 + 40 * w.density) * chunks + 35 * tiles) + 10 * (double)w.rows * tiles +
+  // Fitted to a Xeon, beside the cost of avx512-throughput: 16 and 128 tokens, 0.1 to 0.5 kept.
+  return words * ((2 + 13 * w.density) * chunks + 12 * tiles) + 10 * (double)w.rows * tiles +
          3 * (double)(m * w.columns);
 }
 
