@@ -229,7 +229,8 @@ class CpuLinear:
         )
         if failed and self.kernel(m) is None:
             raise LoweringError(
-                f"no kernel takes {m} rows", next_step="leave the choice of the kernel to the library"
+                f"no kernel takes {m} rows",
+                next_step="leave the choice of the kernel to the library",
             )
         if failed:
             raise MemoryError("no memory for the scratch space of a sparse linear")
