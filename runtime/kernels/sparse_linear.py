@@ -61,7 +61,7 @@ def _(
             # A reference to the values would keep them, the key, alive for ever.
             linear.borrow()
             ready = _Ready(linear, bitmask, row_offsets, scales)
-            _ready[values] = {**known, options: ready}  # type: ignore[no-untyped-call]
+            _ready[values] = {**known, options: ready}
     threads = torch.get_num_threads()
     pool = _pool(path, threads) if threads > 1 else None
     offset = None if bias is None else bias.float()
