@@ -13,7 +13,7 @@ import onnx
 import torch
 from models.decoder import DecoderShape, decoder_in_torch, decoder_model
 from models.encoder import EncoderShape, encoder_in_torch, encoder_model
-from models.weights import torch_weights
+from models.weights import fold_transposes, torch_weights
 
 Feeds = Mapping[str, np.ndarray]
 TorchRun = Callable[[Feeds], object]
@@ -130,6 +130,8 @@ def smollm2_case(checkpoint: Path, exported: Path, *, past: int = 128) -> ModelC
         command = [sys.executable, "-m", "zeroskip", "export", str(checkpoint)]
         subprocess.run([*command, "--out", str(exported)], stdout=sys.stderr, check=True)
     config = AutoConfig.from_pretrained(checkpoint)
+    graph = onnx.load(str(exported / "model.onnx"), load_external_data=False).graph
+    names = {value.name for value in graph.input}
     cache = (1, config.num_key_value_heads, config.hidden_size // config.num_attention_heads)
     random = np.random.default_rng(0)
 
@@ -139,6 +141,8 @@ def smollm2_case(checkpoint: Path, exported: Path, *, past: int = 128) -> ModelC
             "input_ids": random.integers(1, config.vocab_size, (batch, tokens)),
             "attention_mask": np.ones((batch, past + tokens), np.int64),
         }
+        if "position_ids" in names:
+            feeds["position_ids"] = np.arange(past, past + tokens)[None]
         for layer in range(config.num_hidden_layers):
             for part in ("key", "value"):
                 held = random.standard_normal((batch, heads, past, width), dtype=np.float32)
@@ -150,7 +154,7 @@ def smollm2_case(checkpoint: Path, exported: Path, *, past: int = 128) -> ModelC
 
     return ModelCase(
         "smollm2-135m",
-        lambda: onnx.load(str(exported / "model.onnx")),
+        lambda: fold_transposes(onnx.load(str(exported / "model.onnx"))),
         {"decode": inputs(1, past), "prefill 128": inputs(128, 0), "prefill 512": inputs(512, 0)},
         in_torch,
     )

@@ -77,6 +77,23 @@ def constant_linears(model: onnx.ModelProto, min_weights: int = 0) -> Iterator[C
         yield ConstantLinear(node, weight, add, bias)
 
 
+def fold_transposes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Turns MatMul(x, Transpose(W)) of an export into MatMul(x, W^T), in place; returns the model.
+
+    ONNX Runtime does the same when it loads; here it makes every linear one node.
+    """
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    read = [name for node in model.graph.node for name in node.input]
+    for node in [n for n in model.graph.node if n.op_type == "Transpose"]:
+        tensor = tensors.get(node.input[0])
+        if tensor is None or len(tensor.dims) != 2 or read.count(node.input[0]) > 1:
+            continue
+        array = np.ascontiguousarray(numpy_helper.to_array(tensor).T)
+        tensor.CopyFrom(numpy_helper.from_array(array, node.output[0]))
+        model.graph.node.remove(node)
+    return model
+
+
 def prune(model: onnx.ModelProto, pattern: str, min_weights: int = 0) -> int:
     """Sets random weights of every linear to zero, in place; returns how many linears there were."""
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
