@@ -120,6 +120,11 @@ def expected(
     return x64 @ dense.T + (0 if bias is None else bias.double().numpy())
 
 
+def limit_of(dtype: torch.dtype) -> float:
+    """What kernels may be off: with AMX, bfloat16 weights meet activations of 16 bits."""
+    return 2.0**-16 if dtype == torch.bfloat16 else 2e-6
+
+
 def close(found: np.ndarray, wanted: np.ndarray, limit: float = 2e-6) -> bool:
     """Compares relative to the largest number: sums of floats differ by their order."""
     scale = max(1.0, float(np.abs(wanted).max())) if wanted.size else 1.0

@@ -17,7 +17,7 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 from onnx.external_data_helper import set_external_data
-from sparse_models import TYPES, close, expected, inputs, model_of, packed, run, session
+from sparse_models import TYPES, close, expected, inputs, limit_of, model_of, packed, run, session
 
 from zeroskip.ir.errors import ArtifactError, CompileError
 from zeroskip.runtime.onnx import custom_ops
@@ -79,9 +79,7 @@ def test_kernels_compute_the_product(dtype: torch.dtype, m: int, layout: int) ->
     weight = packed(130, 200, dtype)
     x = inputs(1, m, 200)
     found = run(session(model_of(weight, layout=layout), threads=2), x)
-    # With AMX, bfloat16 weights meet activations of 16 bits.
-    limit = 2.0**-16 if dtype == torch.bfloat16 else 2e-6
-    assert close(found, expected(weight, x), limit)
+    assert close(found, expected(weight, x), limit_of(dtype))
 
 
 def test_scales_and_bias_may_be_left_out() -> None:
