@@ -95,6 +95,11 @@ def spread_scales(scales: torch.Tensor, columns: int, block_size: int) -> torch.
     return scales.repeat_interleave(block_size, dim=1)[:, :columns]
 
 
+def round_to_steps(values: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """Returns how many steps each value is, as int8 values hold them: whole, -127 to 127."""
+    return (values / steps).round().clamp(-127, 127)
+
+
 def pack_bitmask(
     weight: torch.Tensor,
     keep: torch.Tensor | None = None,
@@ -154,7 +159,7 @@ def _quantize(
     if not (scales.isfinite() & (scales > 0)).all():
         raise LoweringError("a scale is not positive and finite", next_step="choose it again")
     steps = spread_scales(scales.float(), columns, block_size).expand(rows, columns)[keep]
-    return (values / steps).round().clamp(-127, 127)
+    return round_to_steps(values, steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +183,7 @@ class ValueFormat:
         if self.scales is None:
             return weight.to(VALUE_TYPES[self.dtype]).to(weight.dtype)
         steps = spread_scales(self.scales, weight.shape[1], self.block_size)
-        return ((weight.float() / steps).round().clamp(-127, 127) * steps).to(weight.dtype)
+        return (round_to_steps(weight.float(), steps) * steps).to(weight.dtype)
 
     def pack(self, weight: torch.Tensor) -> BitmaskWeight:
         """Packs what is not zero of a weight [out, in]; see `pack_bitmask`."""

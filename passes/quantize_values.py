@@ -14,7 +14,13 @@ import torch
 
 from zeroskip.ir.errors import CompileError, RecipeError
 from zeroskip.ir.facts import QuantizedValues, SparseWeights, Statistics
-from zeroskip.ir.formats import VALUE_TYPES, Rounded, ValueFormat, count_blocks
+from zeroskip.ir.formats import (
+    VALUE_TYPES,
+    Rounded,
+    ValueFormat,
+    count_blocks,
+    round_to_steps,
+)
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.program import Program
 from zeroskip.ir.selection import check_selection, select_linears
@@ -177,11 +183,11 @@ def choose_scales(
     best, least = torch.ones_like(largest), torch.full_like(largest, torch.inf)
     for reach in RANGES:
         scale = torch.where(largest > 0, (largest * reach / 127).clamp(min=tiny), 1.0)
-        q = (parts / scale.unsqueeze(-1)).round().clamp(-127, 127)
+        q = round_to_steps(parts, scale.unsqueeze(-1))
         over = (q * parts * share).sum(-1)
         under = (q * q * share).sum(-1)
         scale = torch.where((under > 0) & (over > tiny * under), over / under, scale)
-        q = (parts / scale.unsqueeze(-1)).round().clamp(-127, 127)
+        q = round_to_steps(parts, scale.unsqueeze(-1))
         error = ((parts - q * scale.unsqueeze(-1)).square() * share).sum(-1)
         better = error < least
         best = torch.where(better, scale, best)
