@@ -15,7 +15,7 @@ VENV = .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 # pip compiles the kernels when they change; without a C++ compiler it installs without them.
-KERNELS = setup.py $(wildcard runtime/kernels/build.py runtime/kernels/cpu/*)
+KERNELS = setup.py $(wildcard runtime/kernels/build.py runtime/kernels/compilers.py runtime/kernels/cpu/*)
 
 .PHONY: demo test lint models clean
 

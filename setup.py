@@ -27,7 +27,6 @@ def load_build() -> ModuleType:
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # Its dataclasses look their module up.
     spec.loader.exec_module(module)
     return module
 
@@ -61,14 +60,14 @@ class BuildKernels(build_ext):
         """Returns why there is no library, or None."""
         if os.environ.get("ZEROSKIP_BUILD") == "0":
             return "ZEROSKIP_BUILD=0 forbids building them"
-        compiler = build.find_compiler()
+        compiler = build.compilers.find_compiler()
         if compiler is None:
             return "there is no C++ compiler"
         if output.is_file() and build.read_record(output).get("key") == build.build_key(compiler):
             return None
         try:
             record = build.compile_library(output, compiler)
-        except (OSError, build.BuildError) as error:
+        except (OSError, build.compilers.BuildError) as error:
             return f"they cannot be compiled: {error}"
         for name in record["left_out"]:
             self.warn(f"{record['compiler']} does not know {name}: its kernels are left out")
@@ -95,7 +94,7 @@ class Wheel(bdist_wheel):
             self.root_is_pure = True
             return "py3", "none", "any"
         tag = super().get_tag()[2]
-        machines = build.architectures()
+        machines = build.compilers.architectures()
         if sys.platform == "darwin" and len(machines) == 1:
             tag = tag.replace("universal2", machines[0])
         return "py3", "none", tag

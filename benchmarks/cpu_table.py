@@ -22,9 +22,11 @@ import torch
 from zeroskip.ir.formats import VALUE_TYPES, BitmaskWeight, pack_bitmask
 from zeroskip.runtime.kernels.library import load_library
 from zeroskip.runtime.kernels.location import library_path
+from zeroskip.runtime.machine import cpu_name
+from zeroskip.runtime.rivals import STREAMED_BYTES
 from zeroskip.runtime.speed_table import TABLE_FILE
-from zeroskip.runtime.tuning import STREAMED_BYTES, Tuner
-from zeroskip.runtime.tuning_cache import TuningCache, cpu_name, write_atomically
+from zeroskip.runtime.tuning import Tuner
+from zeroskip.runtime.tuning_cache import TuningCache, write_atomically
 
 SHAPES = "768x3072,2048x2048,4096x4096"
 TYPES = "float32,float16,bfloat16,int8,int8/4"

@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zeroskip.runtime.machine import cpu_name
+
 if TYPE_CHECKING:
     from zeroskip.passes import Pass
 
@@ -171,18 +173,10 @@ def describe(arguments: argparse.Namespace, first: dict[str, Any]) -> dict[str, 
         "threads": first["threads"],
         "cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg()[0],
-        "processor": processor(),
+        "processor": cpu_name(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
     }
-
-
-def processor() -> str:
-    """The name of the processor, as Linux tells it."""
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def table(results: list[dict[str, Any]]) -> str:

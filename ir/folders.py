@@ -1,4 +1,7 @@
-"""Folders that appear complete or not at all: everything is written beside them, then renamed."""
+"""Folders that models come from and go to.
+
+A new one appears complete or not at all: everything is written beside it, then renamed.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,12 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from zeroskip.ir.errors import ArtifactError
+
+
+def source_folder(model: object) -> Path | None:
+    """Returns the folder that a Hugging Face model was loaded from; None where it was none."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return Path(name) if name and Path(name).is_dir() else None
 
 
 def check_target(target: Path) -> None:

@@ -11,7 +11,7 @@ from torch import fx
 
 from zeroskip.ir.errors import LoweringError
 from zeroskip.ir.facts import Lowered, QuantizedValues, SparseWeights
-from zeroskip.ir.folders import check_target
+from zeroskip.ir.folders import check_target, source_folder
 from zeroskip.ir.linears import packed_names
 from zeroskip.ir.program import Program, bind_parameter, copy_graph_module
 from zeroskip.ir.selection import find_roles
@@ -155,10 +155,10 @@ def _lowered_like(program: Program, graph_module: fx.GraphModule) -> fx.GraphMod
 
 
 def _own_tokenizer(model: torch.nn.Module | None) -> Path | None:
-    """Where the model was loaded from, if that is a folder with a tokenizer in it."""
+    """The folder that the model was loaded from, if there is a tokenizer in it."""
     from zeroskip.runtime.onnx.folder import TOKENIZER_FILES
 
-    name = getattr(getattr(model, "config", None), "_name_or_path", "")
-    folder = Path(name)
-    has_one = name and any((folder / file).is_file() for file in TOKENIZER_FILES)
-    return folder if has_one else None
+    folder = source_folder(model)
+    if folder is None or not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    return folder

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 OPERATOR = "zeroskip::sparse_linear"
 _TARGET = torch.ops.zeroskip.sparse_linear.default
 _LAYOUTS = {"auto": (0, 1), "stored": (0,), "throughput": (1,)}
+_TARGETS = ("onnxruntime-cpu", "torch-cpu")
 _EXACT = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -38,9 +39,9 @@ class LowerSparseLinear(Pass):
     The operator holds the weight as a bitmask and its kept values, and runs on zeroskip's CPU
     kernels in eager PyTorch and in ONNX Runtime alike. Values are stored in the dtype of the
     weight, or as `QuantizeValues` left them. A linear is lowered when its kernel is never slower
-    than ONNX Runtime's dense product at any of the row counts asked, by measurements on this CPU
-    where there are any, and by a conservative table where not. The fact `Lowered` has the verdict
-    and the reason for each.
+    than the target's dense product at any of the row counts asked, by measurements on this CPU
+    where there are any, and, for ONNX Runtime, by a conservative table where not. The fact
+    `Lowered` has the verdict and the reason for each.
 
     Exact, but where `QuantizeValues` allowed int8 activations: then the rounding of activations
     takes place here, and its drift is recorded.
@@ -51,12 +52,16 @@ class LowerSparseLinear(Pass):
     Args:
         m: The numbers of rows (tokens times batch) that it will run with: 1 decodes a token, 128
             reads a prompt. No linear gets slower at any of these.
-        choose: `auto`: what was measured on this CPU, else the table. `measure`: measure now what
-            was not measured yet. `always`: lower all that can be, fast or not.
+        choose: `auto`: what was measured on this CPU, else the table; the table is of ONNX Runtime,
+            for `torch-cpu` what was not measured stays dense. `measure`: measure now what was not
+            measured yet. `always`: lower all that can be, fast or not.
         layout: `stored` runs on the packed weight in place. `throughput` repacks it when it is
             loaded, which is faster from about 16 rows on and costs that memory. `auto` takes the
             better one.
         threads: For how many threads; 0 for as many as PyTorch uses.
+        target: Where it will run, and so whose dense product it must not be slower than:
+            `onnxruntime-cpu`, or `torch-cpu` for this Program in eager PyTorch. The lowered Program
+            is the same for both, only the choice is another.
         include: Shell-style patterns of linears. Empty: every pruned one.
         exclude: Patterns of linears to leave dense.
 
@@ -77,6 +82,7 @@ class LowerSparseLinear(Pass):
     choose: Literal["auto", "measure", "always"] = "auto"
     layout: Literal["auto", "stored", "throughput"] = "auto"
     threads: int = 0
+    target: str = "onnxruntime-cpu"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
@@ -97,6 +103,12 @@ class LowerSparseLinear(Pass):
                 raise RecipeError(
                     f"{what} is no choice", pass_name=self.name, next_step=f"use {advice}"
                 )
+        if self.target not in _TARGETS:
+            near = difflib.get_close_matches(str(self.target), _TARGETS, n=1, cutoff=0.4)
+            advice = f"did you mean {near[0]}?" if near else f"use {' or '.join(_TARGETS)}"
+            raise RecipeError(
+                f"target={self.target!r} is no choice", pass_name=self.name, next_step=advice
+            )
 
     def is_lossy(self, program: Program) -> bool:
         known = program.facts.get(QuantizedValues, QuantizedValues())
@@ -114,8 +126,7 @@ class LowerSparseLinear(Pass):
         known = program.facts.get(Lowered, Lowered())
         assert isinstance(known, Lowered)
         linears = [n for n in find_linears(program) if n.name not in known.operators]
-        working_set = sum(4 * n.out_features * n.in_features for n in linears)
-        judge = None if self.choose == "always" else self._judge(working_set)
+        judge = None if self.choose == "always" else self._judge(linears, program)
         for linear in linears:
             reason = "it is excluded" if linear.name not in chosen else _refusal(linear, program)
             if reason is None:
@@ -123,7 +134,7 @@ class LowerSparseLinear(Pass):
                 weight = form.pack(linear.weight(program))
                 layout = _LAYOUTS[self.layout][0]
                 if judge is not None:
-                    verdict = judge(weight, accuracy_level=form.accuracy_level)
+                    verdict = judge(linear, weight, form.accuracy_level)
                     verdicts[linear.name] = verdict.to_json()
                     layout, reason = verdict.layout, verdict.reason
                 if judge is None or verdict.choice == "sparse":
@@ -135,19 +146,35 @@ class LowerSparseLinear(Pass):
         fact = Lowered(dict.fromkeys(packed, OPERATOR), refusals, verdicts)
         return lowered.with_fact(known.merge(fact))
 
-    def _judge(self, working_set: int) -> Callable[..., Verdict]:
+    def _judge(
+        self, linears: Sequence[Linear], program: Program
+    ) -> Callable[[Linear, BitmaskWeight, int], Verdict]:
         # Only who lowers for speed needs ONNX Runtime, against which speed is measured.
         from zeroskip.runtime import dispatch
+        from zeroskip.runtime.rivals import ONNX_RUNTIME, Rival
 
-        return partial(
-            dispatch.judge,
-            m_values=self.m,
-            threads=self.threads or torch.get_num_threads(),
-            layouts=_LAYOUTS[self.layout],
-            source="measure" if self.choose == "measure" else "table",
-            working_set_bytes=working_set,
-            tuner=dispatch.new_tuner(),
-        )
+        def rival(linear: Linear) -> Rival:
+            if self.target == "onnxruntime-cpu":
+                return ONNX_RUNTIME  # The export is float32, whatever the model is.
+            return Rival("PyTorch", program.weights.source(linear.parameter).dtype)
+
+        tuner = dispatch.new_tuner()
+        working_set = sum(rival(n).dtype.itemsize * n.out_features * n.in_features for n in linears)
+
+        def judge(linear: Linear, weight: BitmaskWeight, accuracy_level: int) -> Verdict:
+            return dispatch.judge(
+                weight,
+                accuracy_level=accuracy_level,
+                m_values=self.m,
+                threads=self.threads or torch.get_num_threads(),
+                layouts=_LAYOUTS[self.layout],
+                source="measure" if self.choose == "measure" else "table",
+                working_set_bytes=working_set,
+                tuner=tuner,
+                rival=rival(linear),
+            )
+
+        return judge
 
 
 def _refusal(linear: Linear, program: Program) -> str | None:

@@ -13,12 +13,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from zeroskip.ir.errors import CompileError
 
 Clock = Literal["wall", "thread", "process"]
+T = TypeVar("T")
 
 # Beyond these a result is called noisy.
 OTHERS_LIMIT = 0.15  # cores that other processes used meanwhile
@@ -170,27 +172,55 @@ def compare(
         )
     if min(rounds, min_rounds, calls) < 1:
         raise BenchmarkError("no rounds to measure", next_step="ask for at least one")
-    names = list(candidates)
-    for _ in range(warm_up):
-        for name in names:
-            _turn(candidates[name], calls, settle, pause)
-    samples: dict[str, list[Sample]] = {name: [] for name in names}
+    everyone = range(len(candidates))
+
+    def next_round(done: Sequence[Sequence[Sample]], elapsed: float) -> Sequence[int]:
+        count = len(done[0])
+        late = seconds is not None and elapsed > seconds and count >= min_rounds
+        if late or count == rounds:
+            return ()
+        return everyone if count % 2 == 0 else everyone[::-1]
+
+    turns = [partial(_turn, each, calls, settle, pause) for each in candidates.values()]
+    for turn in turns * warm_up:
+        turn()
     usage = _Usage()
-    started = time.perf_counter()
-    for done in range(rounds):
-        late = seconds is not None and time.perf_counter() - started > seconds
-        if late and done >= min_rounds:
-            break
-        for name in names if done % 2 == 0 else reversed(names):
-            samples[name].append(_turn(candidates[name], calls, settle, pause))
+    taken = take_turns(turns, next_round)
+    others = usage.others()
+    samples = dict(zip(candidates, taken, strict=True))
     base = samples[baseline]
     return Comparison(
         baseline,
         clock,
         len(base),
-        {name: _timing(samples[name], base, clock) for name in names},
-        _noise(base, clock, usage.others()),
+        {name: _timing(own, base, clock) for name, own in samples.items()},
+        _noise(base, clock, others),
     )
+
+
+def take_turns(
+    turns: Sequence[Callable[[], T]],
+    next_round: Callable[[Sequence[Sequence[T]], float], Sequence[int]],
+) -> list[list[T]]:
+    """Calls functions round by round; returns what the calls of each gave.
+
+    Args:
+        turns: Functions; each call is a turn.
+        next_round: Is given what the calls of each gave so far and the seconds since the first
+            round; returns which of them have a turn now, in order. An empty answer ends it.
+    """
+    results: list[list[T]] = [[] for _ in turns]
+    started = time.perf_counter()
+    while places := next_round(results, time.perf_counter() - started):
+        for place in places:
+            results[place].append(turns[place]())
+    return results
+
+
+def paired_ratios(base: Sequence[float], times: Sequence[float]) -> list[float]:
+    """Returns how many times as long the baseline took, in each round that both took part in."""
+    # A clock that did not advance would divide by zero; then nothing was measured either.
+    return [max(b, 1e-9) / max(own, 1e-9) for b, own in zip(base, times, strict=False)]
 
 
 def median_spread(values: Sequence[float]) -> Spread:
@@ -222,19 +252,23 @@ def _turn(candidate: Candidate, calls: int, settle: int, pause: float) -> Sample
 
 
 def _timing(samples: Sequence[Sample], base: Sequence[Sample], clock: Clock) -> Timing:
-    def times(clock: Clock) -> Spread:
-        return median_spread([getattr(sample, clock) for sample in samples])
+    def spread(clock: Clock) -> Spread:
+        return median_spread(_seconds(samples, clock))
 
     def ratios(clock: Clock) -> Spread:
-        pairs = zip(base, samples, strict=True)
-        # A clock that did not advance would divide by zero; then nothing was measured either.
-        return median_spread([getattr(b, clock) / max(getattr(s, clock), 1e-9) for b, s in pairs])
+        return median_spread(paired_ratios(_seconds(base, clock), _seconds(samples, clock)))
 
-    return Timing(times("wall"), times("thread"), times("process"), ratios(clock), ratios("wall"))
+    return Timing(
+        spread("wall"), spread("thread"), spread("process"), ratios(clock), ratios("wall")
+    )
+
+
+def _seconds(samples: Sequence[Sample], clock: Clock) -> list[float]:
+    return [getattr(sample, clock) for sample in samples]
 
 
 def _noise(base: Sequence[Sample], clock: Clock, others: float | None) -> Noise:
-    times = [getattr(sample, clock) for sample in base]
+    times = _seconds(base, clock)
     half = len(times) // 2
     first, second = times[:half], times[half:]
     drift = abs(statistics.median(second) / statistics.median(first) - 1) if half >= 2 else 0.0

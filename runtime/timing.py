@@ -12,6 +12,7 @@ import onnxruntime
 import torch
 from onnx import helper
 
+from zeroskip.runtime.bench import paired_ratios, take_turns
 from zeroskip.runtime.kernels.library import CpuLinear, ThreadPool
 
 HOPELESS = 2.0
@@ -106,28 +107,26 @@ def compare(runs: Sequence[Callable[[], float]], seconds: float) -> list[list[fl
     Returns:
         The times of each, without the first call, which warms up.
     """
+
+    def next_round(times: Sequence[Sequence[float]], elapsed: float) -> Sequence[int]:
+        dense = times[0]
+        if len(dense) < SETTLING:
+            return range(len(times))
+        # One call can be slow by accident, the fastest of three is not.
+        limit = HOPELESS * min(dense[:SETTLING])
+        live = [i for i, own in enumerate(times) if i == 0 or min(own[:SETTLING]) <= limit]
+        late = len(dense) >= 5 and elapsed >= seconds
+        known = len(dense) >= 9 and all(standard_error(dense, times[i]) < STABLE for i in live[1:])
+        return () if late or known else live
+
     for run in runs:
         run()
-    end = time.perf_counter() + seconds
-    # One call can be slow by accident, the fastest of three is not.
-    times: list[list[float]] = [[] for _ in runs]
-    for _ in range(SETTLING):
-        for own, run in zip(times, runs, strict=True):
-            own.append(run())
-    live = [i for i, own in enumerate(times) if i == 0 or min(own) <= HOPELESS * min(times[0])]
-    while len(times[0]) < 5 or time.perf_counter() < end:
-        for i in live:
-            times[i].append(runs[i]())
-        if len(times[0]) >= 9 and all(
-            standard_error(times[0], times[i]) < STABLE for i in live[1:]
-        ):
-            break
-    return times
+    return take_turns(runs, next_round)
 
 
 def standard_error(dense: Sequence[float], sparse: Sequence[float]) -> float:
     """Returns the relative standard error of a ratio of medians, from its rounds; 0 of one round."""
-    ratios = [a / b for a, b in zip(dense, sparse, strict=False) if b > 0]
+    ratios = paired_ratios(dense, sparse)
     if len(ratios) < 2:
         return 0.0
     middle = statistics.median(ratios)

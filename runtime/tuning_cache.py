@@ -1,17 +1,12 @@
-"""What was measured on this machine, kept in a file between processes; and the machine's name."""
+"""What was measured on this machine, kept in a file between processes."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import platform
-import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,41 +82,6 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-
-
-@cache
-def cpu_name() -> str:
-    """Returns the model name of this CPU, such as "AMD EPYC 9654 96-Core Processor"."""
-    try:
-        name = _cpu_name()
-    except (OSError, subprocess.SubprocessError):
-        name = ""
-    return " ".join(name.split()) or platform.processor() or platform.machine() or "unknown"
-
-
-def _cpu_name() -> str:
-    if sys.platform == "win32":
-        import winreg
-
-        place = r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
-        with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, place) as key:
-            return str(winreg.QueryValueEx(key, "ProcessorNameString")[0])
-    if sys.platform == "darwin":
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    found = re.search(r"^model name\s*:(.*)$", text, re.MULTILINE)
-    if found:
-        # Virtual machines give several CPUs one name; family, model and stepping tell them apart.
-        numbers = [
-            re.search(rf"^{word}\s*:\s*(\d+)$", text, re.MULTILINE)
-            for word in ("cpu family", "model", "stepping")
-        ]
-        known = "/".join(number[1] for number in numbers if number)
-        return f"{found[1].strip()} ({known})" if known else found[1]
-    # ARM has no name there, but the numbers of its maker and design.
-    parts = re.findall(r"^CPU (?:implementer|variant|part|revision)\s*:\s*(\S+)$", text, re.M)
-    return " ".join(["ARM", *dict.fromkeys(parts)]) if parts else ""
 
 
 def _is_cell(cell: object) -> bool:

@@ -80,7 +80,7 @@ CASES: dict[str, Case] = {
     ),
     "lower-sparse-linear": Case(
         lambda _: LowerSparseLinear(choose="always"),
-        LowerSparseLinear((1, 7), "measure", "stored", 3, **NAMES),
+        LowerSparseLinear((1, 7), "measure", "stored", 3, "torch-cpu", **NAMES),
         before=(PruneMagnitude("2:4"), ApplyMasks()),
         reorders=("mlp", "llama", "gpt2", "moe", "convnet"),
     ),

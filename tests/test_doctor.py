@@ -9,7 +9,7 @@ import pytest
 
 from zeroskip import cli, doctor
 from zeroskip.ir.errors import KernelLibraryError
-from zeroskip.runtime.kernels import build, location
+from zeroskip.runtime.kernels import compilers, location
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -24,7 +24,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 @pytest.fixture
 def library() -> Path:
-    if build.find_compiler() is None and location.try_library_path() is None:
+    if compilers.find_compiler() is None and location.try_library_path() is None:
         pytest.skip("there is no C++ compiler")
     return location.library_path()
 
@@ -54,7 +54,7 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ZEROSKIP_CACHE", str(tmp_path))
     monkeypatch.delenv("ZEROSKIP_LIBRARY", raising=False)
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(build, "find_compiler", lambda: None)
+    monkeypatch.setattr(compilers, "find_compiler", lambda: None)
 
 
 @pytest.mark.usefixtures("bare")

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.test_packaging import ROOT, copy_sources
-from zeroskip.runtime.kernels import build
+from zeroskip.runtime.kernels import build, compilers
 
 FAST = ("avx*.cpp", "amx*.cpp", "neon*.cpp")
 HOOK = """\
@@ -29,7 +29,7 @@ print(json.dumps(getattr(backend, sys.argv[1])(sys.argv[2])))
 PRODUCT = ROOT / "tests" / "kernels" / "product.py"
 
 needs_compiler = pytest.mark.skipif(
-    os.name != "posix" or build.find_compiler() is None, reason="there is no C++ compiler"
+    os.name != "posix" or compilers.find_compiler() is None, reason="there is no C++ compiler"
 )
 Build = Callable[..., tuple[Path, str]]
 

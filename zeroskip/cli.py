@@ -81,9 +81,11 @@ def compile_command(
         with _refusing_inputs():
             from zeroskip.ir.folders import new_folder
             from zeroskip.models import load_tokenizer
+            from zeroskip.progress import without_loading_bars
             from zeroskip.recipe import dump_recipe, load_recipe
             from zeroskip.relocation import relocated, under
 
+            stack.enter_context(without_loading_bars(quiet or as_json))
             plan = _overridden(load_recipe(recipe), samples, sequence_length, seed, memory)
             tokenizer = load_tokenizer(model)
             batches = _calibration(calibration, tokenizer, plan) if calibration else None
@@ -165,9 +167,11 @@ def eval_command(
 
     with _refusing_inputs():
         from zeroskip.evaluate import encode, perplexity
+        from zeroskip.progress import without_loading_bars
         from zeroskip.targets import load_target
 
-        loaded, tokenizer = load_target(target)
+        with without_loading_bars(as_json):
+            loaded, tokenizer = load_target(target)
         tokens = encode(text, tokenizer, max_tokens)
     result = perplexity(
         loaded,
@@ -262,10 +266,8 @@ def tune_command(
     if as_json:
         typer.echo(json.dumps(tuned_json(tuned), indent=2))
         return
-    from rich.console import Console
-
     if tuned.verdicts:
-        Console().print(tuned_table(tuned))
+        typer.echo(f"{tuned_table(tuned)}\n")
     typer.echo(totals(tuned, dry_run=dry_run))
 
 

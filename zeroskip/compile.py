@@ -16,6 +16,7 @@ from zeroskip.ir.capture import capture
 from zeroskip.ir.checkpoint import open_checkpoint
 from zeroskip.ir.checkpoint_writer import save_checkpoint
 from zeroskip.ir.errors import CaptureError, CompileError
+from zeroskip.ir.folders import source_folder
 from zeroskip.ir.linears import packed_names
 from zeroskip.ir.program import Batch, Program
 from zeroskip.passes import Instrument, Pass, PassManager
@@ -68,7 +69,7 @@ class CompiledModel:
         # Packed operands stand for parameters that are there as well.
         packed = packed_names(self.program)
         weights = self.program.weights.subset(n for n in self.program.weights if n not in packed)
-        save_checkpoint(_source_directory(module), weights, module, Path(directory))
+        save_checkpoint(source_folder(module), weights, module, Path(directory))
 
 
 def compile_sparse(
@@ -143,12 +144,6 @@ def _capture_checkpoint(
         weights=checkpoint.weights,
         trace_inputs=fakes,
     )
-
-
-def _source_directory(module: torch.nn.Module) -> Path | None:
-    """Where a Hugging Face model was loaded from, if that is a directory."""
-    name = getattr(getattr(module, "config", None), "_name_or_path", "")
-    return Path(name) if name and Path(name).is_dir() else None
 
 
 def _write_back(model: torch.nn.Module, before: Program, after: Program) -> None:

@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from zeroskip.ir.errors import KernelLibraryError, LoweringError
-from zeroskip.runtime.kernels import build, location
-from zeroskip.runtime.tuning_cache import cpu_name
+from zeroskip.runtime.kernels import build, compilers, location
+from zeroskip.runtime.machine import cpu_name
 
 if TYPE_CHECKING:
     import ctypes
@@ -61,7 +61,7 @@ class Examination:
 
 def examine() -> Examination:
     """Looks at this machine; builds the library if there is none and it can be built."""
-    compiler = build.find_compiler()
+    compiler = compilers.find_compiler()
     found = Examination(
         versions={
             "python": platform.python_version(),

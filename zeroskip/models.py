@@ -37,7 +37,11 @@ def load_model(
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a Hugging Face directory or of a GGUF file."""
+    """Loads the tokenizer of a Hugging Face directory or of a GGUF file.
+
+    Raises:
+        ArtifactError: Nothing there, or not loadable; says what is missing.
+    """
     from transformers import AutoTokenizer
 
     path = Path(path)
@@ -48,7 +52,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
                 gguf.parent, gguf_file=gguf.name, local_files_only=True
             )
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    # Readers of damaged files raise struct.error, KeyError and others; the tokenizers library knows
+    # only Exception itself.
+    except Exception as error:
         raise ArtifactError(
             f"The tokenizer cannot be loaded: {error}",
             where=str(path),
@@ -132,8 +138,14 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> PreTrainedModel:
             str(path), return_tensors=True, model_to_load=model, torch_dtype=dtype
         )["tensors"]
         found = model.load_state_dict(tensors, strict=False)
-    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
-        raise ArtifactError(f"The GGUF file cannot be loaded: {error}", where=str(path)) from error
+    # A damaged file makes the reader of GGUF, transformers and torch raise whatever its bytes lead
+    # to: struct.error, OverflowError, ValueError, a validation error derived from Exception alone.
+    except Exception as error:
+        raise ArtifactError(
+            f"The GGUF file cannot be loaded: {error}",
+            where=str(path),
+            next_step="Check that it is complete, and that transformers supports its architecture.",
+        ) from error
     model.tie_weights()
     missing = set(found.missing_keys) - set(model.all_tied_weights_keys)
     if missing or found.unexpected_keys:

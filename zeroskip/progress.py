@@ -1,6 +1,12 @@
-"""A progress bar over the passes and stages of a compilation."""
+"""A progress bar over the passes and stages of a compilation; and none of transformers'."""
 
 from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -37,3 +43,26 @@ class ProgressBar(Instrument):
         # Stages behind the last one with work are skipped: the bar ends full all the same.
         self._progress.update(self._task, completed=task.total, description="compiled")
         self._progress.stop()
+
+
+@contextmanager
+def without_loading_bars(hidden: bool = True) -> Iterator[None]:
+    """Hides the progress bars with which transformers loads models, within; not if `hidden` is False."""
+    if not hidden:
+        yield
+        return
+    from transformers.utils import logging
+
+    def hide(make: Callable[..., Any], args: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+        return make(*args, **{**options, "disable": True})
+
+    # The loader of GGUF files has a bar that transformers' own setting does not reach.
+    gguf: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    own = gguf.tqdm
+    gguf.tqdm = partial(own, disable=True)
+    before = logging.set_tqdm_hook(hide)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
+        gguf.tqdm = own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from zeroskip.ir.facts import Lowered, Mask, Roles, SparseWeights
 from zeroskip.ir.linears import Linear, find_linears
 from zeroskip.ir.patterns import SparsityPattern
 from zeroskip.ir.program import Program
+from zeroskip.linear_table import Row, linear_table, slowest_line, table
 from zeroskip.passes import PassRecord, PipelineResult
 
 
@@ -23,6 +25,8 @@ class LinearReport:
         pattern: The pattern it follows, or `dense`.
         density: Share of its weights that are not zero, counted.
         note: Why it is dense, or how it is lowered.
+        verdict: What was measured or looked up before choosing how it runs, as
+            `zeroskip.runtime.dispatch.Verdict.to_json` writes it; None where nothing was.
     """
 
     name: str
@@ -30,6 +34,7 @@ class LinearReport:
     pattern: str
     density: float
     note: str
+    verdict: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,14 +90,15 @@ class Report:
             for record in self.passes
         ]
         linears = [
-            [x.name, f"{x.shape[0]} x {x.shape[1]}", x.pattern, f"{x.density:.4f}", x.note]
-            for x in self.linears
+            Row(x.name, x.shape, x.density, x.note, x.pattern, x.verdict) for x in self.linears
         ]
+        slowest = slowest_line(linears)
         return "\n".join(
             [
-                *_table(["pass", "parts", "seconds", "modified", "drift"], rows),
+                *table(["pass", "parts", "seconds", "modified", "drift"], rows),
                 "",
-                *_table(["linear", "out x in", "pattern", "density", "note"], linears),
+                *linear_table(linears, "note"),
+                *([slowest] if slowest else []),
                 "",
                 f"{self.seconds:.1f} s in all",
                 f"density of pruned linears {self.density:.4f}",
@@ -123,6 +129,7 @@ def make_report(program: Program, result: PipelineResult, drift: float) -> Repor
                 pattern="dense" if mask is None else str(mask.pattern),
                 density=int(weight.count_nonzero()) / max(weight.numel(), 1),
                 note=_note(linear, mask, roles, lowered),
+                verdict=lowered.verdicts.get(linear.name),
             )
         )
     return Report(result.records, linears, result.stages, result.seconds, drift)
@@ -147,11 +154,3 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
         else list(value)
         for name, value in options.items()
     }
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = [head, ["-" * width for width in widths], *rows]
-    return [
-        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
-    ]

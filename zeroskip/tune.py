@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from zeroskip.ir.errors import CompileError
+from zeroskip.linear_table import Row, linear_table, size, slowest_line
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from zeroskip.runtime.dispatch import Verdict
     from zeroskip.runtime.onnx.tune import Progress, Tuned
 
@@ -41,6 +40,7 @@ def tuned_json(tuned: Tuned) -> dict[str, Any]:
     """Returns what was decided as plain values for JSON."""
     return {
         "linears": {name: verdict.to_json() for name, verdict in tuned.verdicts.items()},
+        "weights": dict(tuned.weights),
         "changed": list(tuned.changed),
         "distance": tuned.distance,
         "dense_bytes": sum(verdict.dense_bytes for verdict in tuned.verdicts.values()),
@@ -48,36 +48,9 @@ def tuned_json(tuned: Tuned) -> dict[str, Any]:
     }
 
 
-def tuned_table(tuned: Tuned) -> Table:
-    """Returns the same as a table for a terminal."""
-    from rich.table import Table
-    from rich.text import Text
-
-    m_values = sorted({m for verdict in tuned.verdicts.values() for m in verdict.speedup})
-    table = Table()
-    for heading in ("linear", "shape", "density", "values"):
-        table.add_column(heading, overflow="fold")
-    table.add_column("dense -> packed", justify="right")
-    for m in m_values:
-        table.add_column(f"m={m}", justify="right")
-    for heading in ("chosen", "why"):
-        table.add_column(heading)
-    for name, verdict in tuned.verdicts.items():
-        mark = " *" if name in tuned.changed else ""
-        level = f" (level {verdict.accuracy_level})" if verdict.accuracy_level else ""
-        cells = [
-            name,
-            f"{verdict.rows}x{verdict.columns}",
-            f"{verdict.density:.2f}",
-            verdict.value_type + level,
-            f"{_size(verdict.dense_bytes)} -> {_size(verdict.packed_bytes)}",
-            *(_speedup(verdict, m) for m in m_values),
-            f"{_chosen(verdict)}{mark}",
-            verdict.reason,
-        ]
-        # Text, not strings: rich would take the brackets of a name for markup.
-        table.add_row(*(Text(cell) for cell in cells))
-    return table
+def tuned_table(tuned: Tuned) -> str:
+    """Returns the same as a table, one line for all linears that are alike."""
+    return "\n".join(linear_table(_rows(tuned)))
 
 
 def totals(tuned: Tuned, *, dry_run: bool) -> str:
@@ -89,14 +62,16 @@ def totals(tuned: Tuned, *, dry_run: bool) -> str:
     dense_bytes = sum(verdict.dense_bytes for verdict in verdicts)
     text = (
         f"{sparse} of {len(verdicts)} linears run sparse; "
-        f"{_size(dense_bytes)} dense -> {_size(sum(_bytes(verdict) for verdict in verdicts))}"
+        f"{size(dense_bytes)} dense -> {size(sum(_bytes(verdict) for verdict in verdicts))}"
     )
     extra = sum(verdict.extra_bytes for verdict in verdicts)
     if extra:
-        text += f" and {_size(extra)} of memory for repacked ones"
+        text += f" and {size(extra)} of memory for repacked ones"
+    changed = f"{len(tuned.changed)} changed (*)"
     if dry_run:
-        return f"{text}. {len(tuned.changed)} would change (*); nothing was written."
-    return f"{text}. {len(tuned.changed)} changed (*)."
+        changed = f"{len(tuned.changed)} would change (*); nothing was written"
+    slowest = slowest_line(_rows(tuned))
+    return "\n".join([f"{text}. {changed}.", *([slowest] if slowest else [])])
 
 
 @contextmanager
@@ -122,17 +97,14 @@ def _bytes(verdict: Verdict) -> int:
     return verdict.packed_bytes if verdict.choice == "sparse" else verdict.dense_bytes
 
 
-def _chosen(verdict: Verdict) -> str:
-    if verdict.choice == "dense":
-        return "dense"
-    return "sparse, repacked" if verdict.layout else "sparse"
-
-
-def _speedup(verdict: Verdict, m: int) -> str:
-    return f"{verdict.speedup[m]:.2f}x" if m in verdict.speedup else ""
-
-
-def _size(count: int) -> str:
-    if count < 1 << 20:
-        return f"{count / 2**10:.0f} KiB"
-    return f"{count / 2**20:.1f} MiB" if count < 1 << 30 else f"{count / 2**30:.2f} GiB"
+def _rows(tuned: Tuned) -> list[Row]:
+    return [
+        Row(
+            name=tuned.weights.get(name, name),
+            shape=(verdict.rows, verdict.columns),
+            density=verdict.density,
+            verdict=verdict.to_json(),
+            changed=name in tuned.changed,
+        )
+        for name, verdict in tuned.verdicts.items()
+    ]

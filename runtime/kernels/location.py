@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 
 from zeroskip.ir.errors import KernelLibraryError
-from zeroskip.runtime.kernels import build
+from zeroskip.runtime.kernels import build, compilers
 
 COMPILER_ADVICE = {
     "linux": "install one (Debian and Ubuntu: `apt-get install g++`; Fedora: `dnf install gcc-c++`)",
@@ -51,7 +51,7 @@ def library_path() -> Path:
     installed = installed_library()
     if installed and is_current(installed):
         return installed
-    compiler = build.find_compiler()
+    compiler = compilers.find_compiler()
     if compiler is None:
         if built := _built_before():
             return built
@@ -137,13 +137,16 @@ def _built_before() -> Path | None:
     """The newest library in the cache of these sources and this platform, by any compiler."""
     found = []
     for path in cache_folder().glob(f"*/{build.LIBRARY}"):
-        if is_current(path) and build.read_record(path).get("platform") == build.this_platform():
+        if (
+            is_current(path)
+            and build.read_record(path).get("platform") == compilers.this_platform()
+        ):
             found.append(path)
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 @cache  # A failure too: it is not tried again in this process.
-def _build_once(target: Path, compiler: build.Compiler) -> Path | str:
+def _build_once(target: Path, compiler: compilers.Compiler) -> Path | str:
     """Builds a library unless another process does; returns it, or why there is none."""
     folder = target.parent
     try:
@@ -157,7 +160,7 @@ def _build_once(target: Path, compiler: build.Compiler) -> Path | str:
                     made = Path(scratch) / "made"
                     build.compile_library(made / build.LIBRARY, compiler)
                     made.rename(folder)
-    except (OSError, build.BuildError) as error:
+    except (OSError, compilers.BuildError) as error:
         return str(error)
     return target
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-import onnx
 import onnxruntime
 
 from zeroskip.ir.errors import ArtifactError
-from zeroskip.runtime.onnx.sparse_linear import is_sparse_linear, walk
+from zeroskip.runtime.onnx.model_imports import imports_domain
+from zeroskip.runtime.onnx.sparse_linear_function import DOMAIN
 
 
 class DenseFallbackWarning(UserWarning):
@@ -54,21 +54,12 @@ def session_options(
 
 
 def uses_sparse_linear(model_path: str | Path) -> bool:
-    """Tells whether a model has packed weights; reads its graph, not its external data.
+    """Tells whether a model has packed weights, by the operators that it imports; reads no graph.
 
     Raises:
         ArtifactError: The file is no ONNX model.
     """
-    try:
-        model = onnx.load(model_path, load_external_data=False)
-    # Parsers raise errors of their own, derived from nothing more specific.
-    except Exception as error:
-        raise ArtifactError(
-            f"the model cannot be read: {error}",
-            where=str(model_path),
-            next_step="pass an ONNX file",
-        ) from error
-    return any(is_sparse_linear(node) for node in walk(model.graph))
+    return imports_domain(model_path, DOMAIN)
 
 
 def warn_dense_fallback(model_path: str | Path, *, stacklevel: int = 2) -> None:

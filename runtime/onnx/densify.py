@@ -17,7 +17,8 @@ import torch
 from zeroskip.ir.errors import ArtifactError
 from zeroskip.ir.formats import BitmaskWeight
 from zeroskip.runtime.onnx.folder import PROTOBUF_LIMIT
-from zeroskip.runtime.onnx.sparse_linear import DOMAIN, INPUTS, OP, check_weight
+from zeroskip.runtime.onnx.sparse_linear import check_weight
+from zeroskip.runtime.onnx.sparse_linear_function import DOMAIN, INPUTS, OP
 
 BESIDE = 1 << 30
 """From as many bytes of weights on, they go to a file of their own."""

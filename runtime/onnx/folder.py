@@ -10,7 +10,7 @@ import onnx_ir
 from onnx import numpy_helper
 
 from zeroskip.ir.errors import ArtifactError, CompileError, LoweringError
-from zeroskip.runtime.onnx.sparse_linear import DOMAIN, OP
+from zeroskip.runtime.onnx.sparse_linear_function import DOMAIN, OP
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"

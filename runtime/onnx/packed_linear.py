@@ -21,7 +21,7 @@ from onnxscript.values import Op, Opset
 
 import zeroskip.ir.ops  # noqa: F401  (registers the operator)
 from zeroskip.ir.formats import count_blocks
-from zeroskip.runtime.onnx.sparse_linear import (
+from zeroskip.runtime.onnx.sparse_linear_function import (
     ATTRIBUTES,
     DOMAIN,
     INPUTS,

@@ -17,13 +17,13 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from zeroskip.ir.formats import VALUE_TYPES, BitmaskWeight, pack_bitmask
 from zeroskip.runtime.onnx.sparse_linear import (
-    INPUTS,
     attribute,
     make_sparse_linear,
     read_sparse_linear,
     to_proto,
     to_tensor,
 )
+from zeroskip.runtime.onnx.sparse_linear_function import INPUTS
 from zeroskip.runtime.onnx.tunable import Tunable
 from zeroskip.runtime.tuning import type_name
 

@@ -66,8 +66,7 @@ class OnnxModel:
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
-            if uses_sparse_linear(self.path):
-                _use_kernels(options, self.path)
+            _use_kernels(options, self.path)
             for library in custom_ops:
                 options.register_custom_ops_library(str(library))
             self._session = onnxruntime.InferenceSession(
@@ -205,7 +204,13 @@ class OnnxModel:
 
 
 def _use_kernels(options: onnxruntime.SessionOptions, path: Path) -> None:
-    """Registers the kernels of packed weights; a machine without them runs the body, and says so."""
+    """Registers the kernels if weights are packed; where there are none, the body runs, and says so."""
+    try:
+        packed = uses_sparse_linear(path)
+    except ArtifactError:
+        return  # ONNX Runtime says what is wrong with the file.
+    if not packed:
+        return
     try:
         session_options(options)
     except KernelLibraryError:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir
@@ -24,6 +24,7 @@ from onnx import ModelProto
 
 from zeroskip.ir.errors import ArtifactError, KernelLibraryError, ParityError
 from zeroskip.runtime.dispatch import Verdict, judge
+from zeroskip.runtime.machine import cpu_name
 from zeroskip.runtime.onnx.compare import compare_models
 from zeroskip.runtime.onnx.folder import (
     DATA_FILE,
@@ -32,17 +33,17 @@ from zeroskip.runtime.onnx.folder import (
     PACKED_THRESHOLD,
 )
 from zeroskip.runtime.onnx.repack import (
-    Packed,
     Replacement,
     make_dense,
     make_sparse,
     pack,
     replace_linears,
 )
-from zeroskip.runtime.onnx.sparse_linear import DOMAIN, add_functions, is_sparse_linear, walk
+from zeroskip.runtime.onnx.sparse_linear import add_functions, is_sparse_linear, walk
+from zeroskip.runtime.onnx.sparse_linear_function import DOMAIN
 from zeroskip.runtime.onnx.tunable import Tunable, find_tunables
-from zeroskip.runtime.tuning import Tuner, round_density, type_name
-from zeroskip.runtime.tuning_cache import cpu_name, write_atomically
+from zeroskip.runtime.tuning import Tuner
+from zeroskip.runtime.tuning_cache import write_atomically
 
 TUNE_FILE = "zeroskip_tune.json"
 OTHER_DATA_FILE = "model.onnx.tuned.data"
@@ -62,11 +63,13 @@ class Tuned:
         changed: The linears that run in another form, or layout, than before.
         distance: Relative distance of the new model's outputs from the old one's; None where
             nothing was written.
+        weights: Name of the node to that of its weight, which says more to people.
     """
 
     verdicts: Mapping[str, Verdict]
     changed: tuple[str, ...]
     distance: float | None
+    weights: Mapping[str, str] = field(default_factory=dict)
 
 
 def tune_folder(
@@ -103,32 +106,28 @@ def tune_folder(
     if tuner is None:
         with contextlib.suppress(KernelLibraryError):  # judge() says so for every linear.
             tuner = Tuner()
-    known: dict[tuple[Any, ...], Verdict] = {}
     verdicts: dict[str, Verdict] = {}
     for i, linear in enumerate(linears):
         if progress is not None:
             progress(i, len(linears), linear.name)
         packed = pack(model, linear)
-        weight = packed.weight
-        kind = (
-            *(weight.rows, weight.columns, round_density(weight)),
-            *(type_name(weight), weight.block_size, packed.accuracy_level),
+        verdict = judge(
+            packed.weight,
+            m_values=m_values,
+            threads=threads,
+            accuracy_level=packed.accuracy_level,
+            layouts=layouts,
+            source="measure",
+            working_set_bytes=working_set,
+            tuner=tuner,
         )
-        if kind not in known:
-            known[kind] = judge(
-                weight,
-                m_values=m_values,
-                threads=threads,
-                accuracy_level=packed.accuracy_level,
-                layouts=layouts,
-                source="measure",
-                working_set_bytes=working_set,
-                tuner=tuner,
-            )
-        verdicts[linear.name] = _for_this(known[kind], packed)
+        if packed.note:
+            verdict = replace(verdict, reason=f"{verdict.reason}; {packed.note}")
+        verdicts[linear.name] = verdict
+    weights = {linear.name: _weight_name(linear) for linear in linears}
     changed = tuple(linear.name for linear in linears if _differs(linear, verdicts[linear.name]))
     if dry_run:
-        return Tuned(verdicts, changed, None)
+        return Tuned(verdicts, changed, None, weights)
     distance = None
     if changed:
         wanted = [linear for linear in linears if linear.name in changed]
@@ -136,7 +135,7 @@ def tune_folder(
         with_library = tuner is not None
         distance = _replace_model(folder, model, limit, with_library)
     _write_record(folder, verdicts, m_values, threads, tuner)
-    return Tuned(verdicts, changed, distance)
+    return Tuned(verdicts, changed, distance, weights)
 
 
 def _load(folder: Path) -> ModelProto:
@@ -156,12 +155,11 @@ def _load(folder: Path) -> ModelProto:
         ) from error
 
 
-def _for_this(verdict: Verdict, packed: Packed) -> Verdict:
-    """The verdict on a like weight, for this one."""
-    weight = packed.weight
-    reason = f"{verdict.reason}; {packed.note}" if packed.note else verdict.reason
-    density = weight.kept / max(1, weight.rows * weight.columns)
-    return replace(verdict, density=density, packed_bytes=weight.nbytes, reason=reason)
+def _weight_name(linear: Tunable) -> str:
+    """The name of a weight, of a packed one the part that its tensors share."""
+    if not linear.is_sparse:
+        return linear.weight
+    return re.sub(r"[._]bitmask$", "", linear.product.input[1])
 
 
 def _differs(linear: Tunable, verdict: Verdict) -> bool:

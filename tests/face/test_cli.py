@@ -118,8 +118,20 @@ def test_quiet_prints_nothing(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, checkpoint: Path, recipe: Path
 ) -> None:
     out = tmp_path / "build"
-    code, stdout, _ = run(capsys, "compile", checkpoint, "-r", recipe, "-o", out, "--quiet")
-    assert (code, stdout) == (0, "")
+    code, stdout, stderr = run(capsys, "compile", checkpoint, "-r", recipe, "-o", out, "--quiet")
+    assert (code, stdout, stderr) == (0, "", "")
+
+
+def test_json_comes_without_the_bars_of_transformers(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, text_file: Path
+) -> None:
+    arguments = ("eval", checkpoint, "--text", text_file, "--max-tokens", "100")
+    code, _, stderr = run(capsys, *arguments)
+    assert code == 0
+    assert "Loading weights" in stderr
+    code, _, stderr = run(capsys, *arguments, "--json")
+    assert code == 0
+    assert "Loading weights" not in stderr
 
 
 def test_an_occupied_folder_is_left_alone(

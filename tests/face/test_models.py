@@ -9,7 +9,8 @@ import torch
 from transformers import BertConfig, BertModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from zeroskip.ir.errors import ArtifactError
-from zeroskip.models import load_model
+from zeroskip.models import load_model, load_tokenizer
+from zeroskip.progress import without_loading_bars
 
 NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -117,6 +118,35 @@ def test_a_gguf_file_becomes_an_ordinary_model(tmp_path: Path, model: LlamaForCa
     assert same_tokenizer("some text")["input_ids"] == tokenizer("some text")["input_ids"]
 
 
+@pytest.mark.parametrize("kind", ["directory", "GGUF"])
+def test_the_bars_of_transformers_can_be_hidden(
+    kind: str,
+    checkpoint: Path,
+    tmp_path: Path,
+    model: LlamaForCausalLM,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = checkpoint
+    if kind == "GGUF":
+        source = tmp_path / "tiny.gguf"
+        write_gguf(source, model)
+
+    def printed() -> str:
+        capsys.readouterr()
+        load_model(source)
+        return capsys.readouterr().err
+
+    bar = "Loading weights" if kind == "directory" else "quantizing"
+    with without_loading_bars():
+        assert bar not in printed()
+    assert bar in printed()  # as it was before
+    with pytest.raises(ZeroDivisionError), without_loading_bars():
+        1 / 0  # noqa: B018
+    assert bar in printed()
+    with without_loading_bars(hidden=False):
+        assert bar in printed()
+
+
 def test_a_folder_with_one_gguf_file_stands_for_it(tmp_path: Path, model: LlamaForCausalLM) -> None:
     write_gguf(tmp_path / "tiny.gguf", model)
     assert isinstance(load_model(tmp_path)[0], LlamaForCausalLM)
@@ -133,9 +163,21 @@ def test_gguf_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_gguf_file_cut_short(tmp_path: Path, model: LlamaForCausalLM) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path, model)
-    path.write_bytes(path.read_bytes()[:20_000])
-    with pytest.raises(ArtifactError, match="GGUF file cannot be loaded"):
-        load_model(path)
+    whole = path.read_bytes()
+    # In the header, in the names of the tensors, in the tensors themselves.
+    for length in (10, 700, whole.index(b"token_embd") + 20, 20_000):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ArtifactError, match="GGUF file cannot be loaded"):
+            load_model(path)
+        if length < 20_000:  # The tokenizer lies before the tensors.
+            with pytest.raises(ArtifactError, match="tokenizer cannot be loaded"):
+                load_tokenizer(path)
+
+
+def test_a_damaged_tokenizer(checkpoint: Path) -> None:
+    (checkpoint / "tokenizer.json").write_text('{"model": 1}', encoding="utf-8")
+    with pytest.raises(ArtifactError, match="tokenizer cannot be loaded"):
+        load_tokenizer(checkpoint)
 
 
 def test_a_checkpoint_cut_short(checkpoint: Path) -> None:

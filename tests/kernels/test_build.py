@@ -6,13 +6,14 @@ import ctypes
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from zeroskip.runtime.kernels import build
+from zeroskip.runtime.kernels import build, compilers
 
-COMPILER = build.find_compiler()
+COMPILER = compilers.find_compiler()
 FLAGS = ("-O0",)
 
 pytestmark = [
@@ -22,7 +23,7 @@ pytestmark = [
 
 
 @pytest.fixture
-def compiler() -> build.Compiler:
+def compiler() -> compilers.Compiler:
     assert COMPILER is not None
     return COMPILER
 
@@ -44,7 +45,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def limited(tmp_path: Path, compiler: build.Compiler, *unknown: str) -> build.Compiler:
+def limited(tmp_path: Path, compiler: compilers.Compiler, *unknown: str) -> compilers.Compiler:
     """A compiler that does not know some flags."""
     script = tmp_path / "limited"
     patterns = "|".join(f"*{flag}*" for flag in unknown)
@@ -54,7 +55,7 @@ def limited(tmp_path: Path, compiler: build.Compiler, *unknown: str) -> build.Co
         encoding="utf-8",
     )
     script.chmod(0o755)
-    return build.Compiler((str(script),), "limited 1.0")
+    return compilers.Compiler((str(script),), "limited 1.0")
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +94,9 @@ def test_the_library_needs_no_cpp_library(portable: Path) -> None:
 
 
 def test_a_group_is_built_where_machine_and_compiler_know_it(
-    sources: Path, tmp_path: Path, compiler: build.Compiler, monkeypatch: pytest.MonkeyPatch
+    sources: Path, tmp_path: Path, compiler: compilers.Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "architectures", lambda: ["x86_64"])
+    monkeypatch.setattr(compilers, "architectures", lambda: ["x86_64"])
     if not _is_x86():
         pytest.skip("needs an x86-64 machine")
     for name in ("avx2_a", "avx512_a", "avx512_b", "amx_a", "neon_a", "neon_dotprod_a"):
@@ -114,7 +115,7 @@ def test_a_group_is_built_where_machine_and_compiler_know_it(
 
 
 def _is_x86() -> bool:
-    return build.platform.machine().lower() in build.X86
+    return compilers.platform.machine().lower() in compilers.X86
 
 
 def test_every_group_of_this_machine_is_known_to_some_flag() -> None:
@@ -129,7 +130,7 @@ def test_every_group_of_this_machine_is_known_to_some_flag() -> None:
 
 
 def test_two_builds_are_the_same_bytes(
-    sources: Path, tmp_path: Path, compiler: build.Compiler
+    sources: Path, tmp_path: Path, compiler: compilers.Compiler
 ) -> None:
     outputs = [tmp_path / name / build.LIBRARY for name in ("a", "b")]
     for output in outputs:
@@ -139,27 +140,27 @@ def test_two_builds_are_the_same_bytes(
 
 
 def test_an_error_holds_what_the_compiler_said_and_leaves_nothing(
-    sources: Path, tmp_path: Path, compiler: build.Compiler
+    sources: Path, tmp_path: Path, compiler: compilers.Compiler
 ) -> None:
     (sources / "broken.cpp").write_text("#error planted\n", encoding="utf-8")
     output = tmp_path / "out" / build.LIBRARY
-    with pytest.raises(build.BuildError, match=r"broken\.cpp(.|\n)*planted"):
+    with pytest.raises(compilers.BuildError, match=r"broken\.cpp(.|\n)*planted"):
         build.compile_library(output, compiler)
     assert list(output.parent.iterdir()) == []
 
 
 def test_a_symbol_that_nothing_defines_is_an_error_of_the_build(
-    sources: Path, tmp_path: Path, compiler: build.Compiler
+    sources: Path, tmp_path: Path, compiler: compilers.Compiler
 ) -> None:
     (sources / "open.cpp").write_text(
         'int absent();\nextern "C" int zs_open() { return absent(); }\n', encoding="utf-8"
     )
-    with pytest.raises(build.BuildError, match="absent"):
+    with pytest.raises(compilers.BuildError, match="absent"):
         build.compile_library(tmp_path / build.LIBRARY, compiler, extra=FLAGS)
 
 
 def test_without_a_static_cpp_library_the_shared_one_is_used(
-    sources: Path, tmp_path: Path, compiler: build.Compiler
+    sources: Path, tmp_path: Path, compiler: compilers.Compiler
 ) -> None:
     limits = limited(tmp_path, compiler, "-static-libstdc++")
     output = tmp_path / "out" / build.LIBRARY
@@ -173,14 +174,50 @@ def test_a_header_changes_the_hash(sources: Path) -> None:
     assert build.source_hash(sources) != before
 
 
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The two files that build, with one tiny source, in a folder that is no package."""
+    folder = tmp_path / "copy"
+    (folder / "cpu").mkdir(parents=True)
+    for name in ("build.py", "compilers.py"):
+        shutil.copy(Path(build.__file__).with_name(name), folder)
+    (folder / "cpu" / "tiny.cpp").write_text("int tiny;\n", encoding="utf-8")
+    return folder
+
+
+def test_the_script_needs_nothing_but_the_file_beside_it(copy: Path, tmp_path: Path) -> None:
+    with (copy / "compilers.py").open("a", encoding="utf-8") as file:
+        file.write("print('beside')\n")
+    output = tmp_path / "out" / build.LIBRARY
+    # -I and -S: no zeroskip to import, and Python does not add the folder of the script.
+    command = [sys.executable, "-I", "-S", str(copy / "build.py"), str(output), *FLAGS]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("beside\n")
+    assert output.is_file()
+
+
+def test_both_files_that_build_change_the_hash(copy: Path) -> None:
+    seen = set()
+    for name in ("", "build.py", "compilers.py"):
+        if name:
+            with (copy / name).open("a", encoding="utf-8") as file:
+                file.write("# another flag\n")
+        code = "import runpy; print(runpy.run_path('build.py')['source_hash']())"
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=copy, capture_output=True, text=True, check=True
+        )
+        seen.add(done.stdout)
+    assert len(seen) == 3
+
+
 def test_cxx_names_the_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CXX", "/nonexistent/c++")
-    assert build.find_compiler() is None
+    assert compilers.find_compiler() is None
     script = tmp_path / "mine"
     script.write_text("#!/bin/sh\necho mine 7.0 $1\n", encoding="utf-8")
     script.chmod(0o755)
     monkeypatch.setenv("CXX", f"{script} -m64")
-    found = build.find_compiler()
+    found = compilers.find_compiler()
     assert found is not None
     assert found.command == (str(script), "-m64")
     assert found.version == "mine 7.0 -m64"
@@ -193,4 +230,4 @@ def test_a_command_that_fails_is_no_compiler(
     script.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
-    assert build.find_compiler() is None
+    assert compilers.find_compiler() is None

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from zeroskip.runtime.kernels import build, location
+from zeroskip.runtime.kernels import build, compilers, location
 
 ROOT = Path(__file__).parents[2]
 MODULES = (
@@ -25,6 +25,7 @@ MODULES = (
     "runtime/__init__.py",
     "runtime/kernels/__init__.py",
     "runtime/kernels/build.py",
+    "runtime/kernels/compilers.py",
     "runtime/kernels/location.py",
     "runtime/kernels/cpu/sparse_linear.h",
 )
@@ -47,7 +48,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="the compilers here are shell scripts"),
-    pytest.mark.skipif(build.find_compiler() is None, reason="there is no C++ compiler"),
+    pytest.mark.skipif(compilers.find_compiler() is None, reason="there is no C++ compiler"),
 ]
 
 
@@ -102,7 +103,7 @@ def no_compiler(tmp_path: Path) -> dict[str, str]:
 
 def fake_compiler(tmp_path: Path, when_compiling: str) -> tuple[str, Path]:
     """A compiler that does something when it compiles tiny.cpp, and logs it; and its log."""
-    real = build.find_compiler()
+    real = compilers.find_compiler()
     assert real is not None
     script, log = tmp_path / "compiler", tmp_path / "log"
     log.write_text("", encoding="utf-8")

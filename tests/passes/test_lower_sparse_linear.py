@@ -31,7 +31,9 @@ from zeroskip.passes import (
 )
 from zeroskip.passes.base import measure_drift
 from zeroskip.passes.lower_sparse_linear import lower_alike
-from zeroskip.runtime import dispatch
+from zeroskip.recipe import loads_recipe
+from zeroskip.runtime import dispatch, tuning_cache
+from zeroskip.runtime.rivals import ONNX_RUNTIME, Rival
 
 ALWAYS = LowerSparseLinear(choose="always")
 OPERATOR = "zeroskip::sparse_linear"
@@ -204,6 +206,56 @@ def test_stored_layout_is_asked_for(
     LowerSparseLinear(layout="stored")(prune(small_program("mlp")))
     assert asked[0]["layouts"] == (0,)
     assert asked[0]["source"] == "table"
+
+
+def test_onnx_runtime_is_the_rival_unless_pytorch_is_the_target(
+    verdicts: Callable[[dict[int, str]], list[dict[str, Any]]],
+) -> None:
+    asked = verdicts({24: "sparse", 16: "dense"})
+    half = capture(small_model("mlp").bfloat16(), {"features": torch.randn(2, 5, 16).bfloat16()})
+    for program, dtype in ((small_program("mlp"), torch.float32), (half, torch.bfloat16)):
+        LowerSparseLinear()(prune(program))
+        assert asked[-1]["rival"] == ONNX_RUNTIME
+        assert asked[-1]["working_set_bytes"] == 4 * 2 * 24 * 16
+        LowerSparseLinear(target="torch-cpu")(prune(program))
+        assert asked[-1]["rival"] == Rival("PyTorch", dtype)
+        assert asked[-1]["working_set_bytes"] == dtype.itemsize * 2 * 24 * 16
+
+
+def test_against_pytorch_nothing_is_lowered_unmeasured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning_cache, "tuning_file", lambda: tmp_path / "tuning.json")
+    program = capture(nn.Sequential(nn.Linear(512, 384)).eval(), {"input": torch.randn(3, 512)})
+    pruned = prune(program, pattern="90%")
+    unmeasured = LowerSparseLinear(m=(1,), target="torch-cpu")(pruned).program.fact(Lowered)
+    assert not unmeasured.operators
+    assert "never measured against PyTorch" in unmeasured.refusals["0.weight"]
+    measured = LowerSparseLinear(m=(1,), choose="measure", threads=1, target="torch-cpu")(pruned)
+    (verdict,) = measured.program.fact(Lowered).verdicts.values()
+    assert (verdict["rival"], verdict["source"]) == ("PyTorch", "measured")
+    (speedup,) = verdict["speedup"].values()  # type: ignore[attr-defined]
+    if verdict["choice"] == "sparse":
+        assert speedup >= 0.97
+    assert measure_drift(pruned, measured.program) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("target", "advice"),
+    [
+        ("torch-cup", "did you mean torch-cpu?"),
+        ("onnxruntime", "did you mean onnxruntime-cpu?"),
+        ("torch", "did you mean torch-cpu?"),
+        ("tensorrt", "use onnxruntime-cpu or torch-cpu"),
+    ],
+)
+def test_an_unknown_target_is_refused_with_the_nearest(target: str, advice: str) -> None:
+    with pytest.raises(RecipeError, match="is no choice") as caught:
+        LowerSparseLinear(target=target)
+    assert caught.value.next_step == advice
+    with pytest.raises(RecipeError) as caught:
+        loads_recipe(f"passes: [lower-sparse-linear: {{target: {target}}}]")
+    assert caught.value.next_step == advice
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -13,8 +13,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from zeroskip.runtime.bench import BenchmarkError, Sample, compare, median_spread
-from zeroskip.runtime.machine import cache_bytes, describe_machine
+from zeroskip.runtime.bench import (
+    BenchmarkError,
+    Sample,
+    compare,
+    median_spread,
+    paired_ratios,
+    take_turns,
+)
 from zeroskip.runtime.resident import measure_residence
 
 
@@ -114,19 +120,30 @@ def test_what_cannot_be_measured_is_refused(arguments: dict[str, object], messag
         compare({"a": lambda: None}, **arguments)  # type: ignore[arg-type]
 
 
+def test_a_plan_says_who_has_a_turn_and_when_it_ends() -> None:
+    order: list[str] = []
+
+    def turn(name: str) -> Callable[[], str]:
+        return lambda: order.append(name) or name  # type: ignore[func-returns-value]
+
+    def next_round(done: Sequence[Sequence[str]], elapsed: float) -> Sequence[int]:
+        assert elapsed >= 0
+        return {0: (0, 1, 2), 1: (2, 0)}.get(len(done[0]), ())
+
+    taken = take_turns([turn(name) for name in "abc"], next_round)
+    assert "".join(order) == "abc" + "ca"
+    assert taken == [["a", "a"], ["b"], ["c", "c"]]
+
+
+def test_ratios_are_those_of_shared_rounds() -> None:
+    assert paired_ratios([2.0, 3.0, 8.0], [1.0, 6.0]) == [2.0, 0.5]
+    assert paired_ratios([0.0], [0.0]) == [1.0]  # the clock stood still
+
+
 def test_quartiles() -> None:
     spread = median_spread([1, 2, 3, 4, 5])
     assert (spread.low, spread.median, spread.high, spread.relative) == (2, 3, 4, 2 / 3)
     assert median_spread([7]).relative == 0
-
-
-def test_a_machine_says_what_it_is() -> None:
-    machine = describe_machine()
-    assert machine["packages"]["onnxruntime"]
-    assert machine["cores"] >= 1
-    assert machine["processor"]
-    level3 = cache_bytes(3)
-    assert level3 is None or level3 > 2**16
 
 
 def one_linear(path: Path, size: int) -> Path:

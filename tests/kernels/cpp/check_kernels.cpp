@@ -35,7 +35,6 @@ struct PoolCloser {
 
 struct Case {
   const char* kernel;  // null: chosen by the library
-  const char* instruction_set;
   int32_t layout, level;
 };
 
@@ -111,7 +110,7 @@ void compare(const Shape& s, const Case& test, const Product& product, const zs_
 }
 
 Linear create(const TestWeight& w, unsigned char* values, const Case& test) {
-  const zs_options options = {test.layout, test.level, test.instruction_set, test.kernel};
+  const zs_options options = {test.layout, test.level, nullptr, test.kernel};
   const zs_weight view = w.view(values);
   zs_linear* linear = nullptr;
   char message[ZS_MESSAGE_SIZE] = "";
@@ -123,9 +122,8 @@ Linear create(const TestWeight& w, unsigned char* values, const Case& test) {
 std::vector<Case> cases(int32_t level) {
   std::vector<Case> all;
   for (int32_t i = 0; const char* name = zs_kernel_name(i); i++)
-    all.push_back({name, nullptr, 1, level});
-  for (const char* set : {"portable", "avx2", "avx512", "amx", "neon"})
-    for (int32_t layout : {0, 1}) all.push_back({nullptr, set, layout, level});
+    all.push_back({name, 1, level});
+  for (int32_t layout : {0, 1}) all.push_back({nullptr, layout, level});
   return all;
 }
 
@@ -139,7 +137,7 @@ void check_weight(const Shape& shape, double density, zs_pool* pool) {
       if (Linear made = create(w, w.values_in(values), test))
         linears.emplace_back(test, std::move(made));
     for (int64_t m : {1, 2, 3, 4, 5, 7, 17, 33}) {
-      if (m > 3 && shape.columns > 1000) continue;
+      if (shape.columns > 1000 && m != 1 && m != 3) continue;
       const Product plain(w, m, level, false), special(w, m, level, true);
       for (const auto& [test, linear] : linears) {
         if (!zs_linear_kernel(linear.get(), m)) continue;
@@ -158,6 +156,7 @@ int check_all(bool quick) {
     for (zs_value_type type : {ZS_FLOAT32, ZS_FLOAT16, ZS_BFLOAT16, ZS_INT8})
       for (int64_t block : {0, 64, 192}) {
         if (block && type != ZS_INT8) continue;
+        if (block == 64 && size[1] > 1000) continue;
         for (double density : {0.5, 0.1, 1.0, -1.0}) {
           if ((quick || size[1] > 1000) && density != 0.5) continue;
           check_weight({size[0], size[1], block, type}, density, pool.get());

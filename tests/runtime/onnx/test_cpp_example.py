@@ -16,14 +16,14 @@ import pytest
 import torch
 from sparse_models import close, expected, model_of, packed
 
-from zeroskip.runtime.kernels import build
+from zeroskip.runtime.kernels import compilers
 from zeroskip.runtime.onnx.custom_ops import custom_ops_path
 
 ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "examples" / "onnxruntime" / "cpp"
 KERNELS = ROOT / "runtime" / "kernels" / "cpu"
 HEADER = KERNELS / "onnxruntime_abi.h"
-COMPILER = build.find_compiler()
+COMPILER = compilers.find_compiler()
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
 

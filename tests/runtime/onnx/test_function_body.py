@@ -16,10 +16,10 @@ from zeroskip.ir.formats import BitmaskWeight
 from zeroskip.runtime.onnx.densify import densify
 from zeroskip.runtime.onnx.sparse_linear import (
     add_functions,
-    function_body,
     make_sparse_linear,
     read_sparse_linear,
 )
+from zeroskip.runtime.onnx.sparse_linear_function import function_body
 
 SHAPES = [(1, 1), (7, 63), (16, 64), (33, 65), (130, 200)]
 
