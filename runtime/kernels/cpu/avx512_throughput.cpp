@@ -7,6 +7,14 @@
 #include "avx512_values.h"
 #include "throughput_layout.h"
 
+#ifdef _MSC_VER
+#define ZS_INLINE __forceinline
+#define ZS_NOINLINE __declspec(noinline)
+#else
+#define ZS_INLINE __attribute__((always_inline)) inline
+#define ZS_NOINLINE __attribute__((noinline))
+#endif
+
 namespace zs {
 namespace {
 
@@ -26,7 +34,8 @@ struct Panels {
   int64_t begin(int64_t panel) const { return vectors * panel / count; }
 };
 
-void transpose(__m512 (&r)[16]) {
+// Out of line it would pass 16 registers through memory.
+ZS_INLINE void transpose(__m512 (&r)[16]) {
   __m512 t[16];
   const auto lo = [](__m512 a, __m512 b) {
     return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
@@ -97,13 +106,6 @@ inline __m512 in_register(__m512 v) {
   return v;
 }
 
-// Inlined into a larger loop nest, the innermost loops would lack registers.
-#ifdef _MSC_VER
-#define ZS_NOINLINE __declspec(noinline)
-#else
-#define ZS_NOINLINE __attribute__((noinline))
-#endif
-
 // Where a kernel is in the arrays of the layout.
 template <class Element>
 struct Cursor {
@@ -113,7 +115,8 @@ struct Cursor {
 };
 
 // Adds the products of a run of pairs to `sums`, [kBlockRows + 1, 16 * vectors]; x is a block of
-// columns, [columns, 16 * vectors].
+// columns, [columns, 16 * vectors]. Inlined into a larger loop nest, the innermost loops would lack
+// registers.
 template <int vectors, class Values>
 ZS_NOINLINE Cursor<typename Values::Element> add_run(const Layout::Run run,
                                                      Cursor<typename Values::Element> at,
@@ -188,6 +191,7 @@ ZS_NOINLINE Cursor<typename Values::Element> add_run(const Layout::Run run,
 void write_sums(const Call& c, const float* sums, int64_t stride, int64_t row, int64_t rows,
                 int64_t token) {
   const int64_t tokens = std::min<int64_t>(16, c.m - token);
+  const int64_t y_stride = c.weight.rows;
   for (int64_t r = 0; r < rows; r += 16) {
     const __mmask16 lanes = first_lanes(rows - r);
     __m512 block[16];
@@ -195,11 +199,15 @@ void write_sums(const Call& c, const float* sums, int64_t stride, int64_t row, i
     transpose(block);
     const __m512 bias = c.bias ? _mm512_maskz_loadu_ps(lanes, c.bias + row + r)
                                : _mm512_setzero_ps();
-    float* const y = c.y + token * c.weight.rows + row + r;
-    unroll<16>([&](auto i) {
-      if (i < tokens)
-        _mm512_mask_storeu_ps(y + i * c.weight.rows, lanes, _mm512_add_ps(block[i], bias));
-    });
+    float* const y = c.y + token * y_stride + row + r;
+    if (tokens == 16 && lanes == 0xffff) {
+      unroll<16>([&](auto i) { _mm512_storeu_ps(y + i * y_stride, _mm512_add_ps(block[i], bias)); });
+    } else {
+      unroll<16>([&](auto i) {
+        if (i < tokens)
+          _mm512_mask_storeu_ps(y + i * y_stride, lanes, _mm512_add_ps(block[i], bias));
+      });
+    }
   }
 }
 
@@ -268,40 +276,74 @@ std::unique_ptr<Form> make_form(const Weight& w) {
   return make_throughput_layout(w, block_words(w));
 }
 
-// The workspace holds x, panel by panel: [columns, tokens of the panel].
-size_t workspace(const Weight& w, int64_t m) {
-  return (size_t)(Panels(m).vectors * 16) * (size_t)w.columns * sizeof(float);
-}
-
 constexpr int64_t kTaskColumns = 256;
 
 int64_t prepare_tasks(const Weight& w, int64_t) {
   return (w.columns + kTaskColumns - 1) / kTaskColumns;
 }
 
-void prepare(const Call& c, int64_t task) {
-  const int64_t columns = c.weight.columns, end = std::min(columns, (task + 1) * kTaskColumns);
-  const Panels panels(c.m);
-  for (int64_t p = 0; p < panels.count; p++) {
-    const int64_t first = panels.begin(p), stride = 16 * (panels.begin(p + 1) - first);
-    for (int64_t token = 0; token < stride; token += 16) {
-      const float* const x = c.x + (16 * first + token) * columns;
-      float* const out = (float*)c.workspace + 16 * first * columns + token;
-      const int64_t tokens = c.m - 16 * first - token;
-      for (int64_t k = task * kTaskColumns; k < end; k += 16) {
-        const __mmask16 lanes = first_lanes(end - k);
-        __m512 block[16];
-        unroll<16>([&](auto i) {
-          block[i] = i < tokens ? _mm512_maskz_loadu_ps(lanes, x + i * columns + k)
-                                : _mm512_setzero_ps();
-        });
-        transpose(block);
-        unroll<16>([&](auto i) {
-          if (k + i < end) _mm512_store_ps(out + (k + i) * stride, block[i]);
-        });
-      }
+// The workspace holds x, panel by panel: [columns, tokens of the panel]; then, for each task of
+// `prepare`, whether its part of x is finite.
+size_t panel_bytes(const Weight& w, int64_t m) {
+  return (size_t)(Panels(m).vectors * 16) * (size_t)w.columns * sizeof(float);
+}
+
+size_t workspace(const Weight& w, int64_t m) {
+  return panel_bytes(w, m) + (size_t)prepare_tasks(w, m);
+}
+
+// Puts columns [k, end) of 16 tokens, of which `tokens` are there, into a panel. `zeros` becomes NaN
+// in a lane that has met a number that is not finite.
+ZS_INLINE void pack(const float* x, int64_t columns, int64_t tokens, int64_t k, int64_t end,
+                    float* out, int64_t stride, __m512* zeros) {
+  for (; k < end; k += 16) {
+    __m512 block[16];
+    if (tokens >= 16 && k + 16 <= end) {
+      unroll<16>([&](auto i) { block[i] = _mm512_loadu_ps(x + i * columns + k); });
+    } else {
+      const __mmask16 lanes = first_lanes(end - k);
+      unroll<16>([&](auto i) {
+        block[i] = i < tokens ? _mm512_maskz_loadu_ps(lanes, x + i * columns + k)
+                              : _mm512_setzero_ps();
+      });
+    }
+    // An infinity or a NaN times 0 is NaN, and so is every sum with one.
+    unroll<16>([&](auto i) {
+      zeros[i % 4] = _mm512_fmadd_ps(block[i], _mm512_setzero_ps(), zeros[i % 4]);
+    });
+    transpose(block);
+    if (k + 16 <= end) {
+      unroll<16>([&](auto i) { _mm512_store_ps(out + (k + i) * stride, block[i]); });
+    } else {
+      unroll<16>([&](auto i) {
+        if (k + i < end) _mm512_store_ps(out + (k + i) * stride, block[i]);
+      });
     }
   }
+}
+
+void prepare(const Call& c, int64_t task) {
+  const int64_t columns = c.weight.columns, begin = task * kTaskColumns;
+  const int64_t end = std::min(columns, begin + kTaskColumns);
+  const Panels panels(c.m);
+  __m512 zeros[4];
+  unroll<4>([&](auto i) { zeros[i] = _mm512_setzero_ps(); });
+  for (int64_t p = 0; p < panels.count; p++) {
+    const int64_t first = panels.begin(p), stride = 16 * (panels.begin(p + 1) - first);
+    for (int64_t token = 0; token < stride; token += 16)
+      pack(c.x + (16 * first + token) * columns, columns, c.m - 16 * first - token, begin, end,
+           (float*)c.workspace + 16 * first * columns + token, stride, zeros);
+  }
+  const __m512 sum = _mm512_add_ps(_mm512_add_ps(zeros[0], zeros[1]),
+                                   _mm512_add_ps(zeros[2], zeros[3]));
+  char* const finite = c.workspace + panel_bytes(c.weight, c.m);
+  finite[task] = _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q) == 0;
+}
+
+bool finite(const Call& c) {
+  const char* const finite = c.workspace + panel_bytes(c.weight, c.m);
+  const int64_t tasks = prepare_tasks(c.weight, c.m);
+  return std::all_of(finite, finite + tasks, [](char task) { return task != 0; });
 }
 
 int64_t row_step(const Weight&, int64_t) { return Layout::kBlockRows; }
@@ -310,6 +352,7 @@ int64_t row_step(const Weight&, int64_t) { return Layout::kBlockRows; }
 
 extern const Path avx512_throughput = {"avx512-throughput", kAvx512,       1,       true,
                                        serves,              cost,          make_form, workspace,
-                                       prepare_tasks,       prepare,       row_step,  rows};
+                                       prepare_tasks,       prepare,       row_step,  rows,
+                                       finite};
 
 }  // namespace zs

@@ -178,6 +178,7 @@ struct zs_linear {
   std::vector<zs::Served> served;
 
   const zs::Served* choose(int64_t m) const {
+    if (m <= 0) return nullptr;  // nothing to run; kernels count on a first token
     const zs::Served* best = nullptr;
     double least = INFINITY;
     for (const zs::Served& s : served) {
@@ -288,7 +289,7 @@ int32_t zs_linear_run(const zs_linear* linear, const float* x, int64_t m, float*
   };
   if (path.prepare) run_all(zs::prepare_task, path.prepare_tasks(w, m));
   run_all(zs::rows_task, (w.rows + job.step - 1) / job.step);
-  if (path.skips_zeros)
+  if (path.skips_zeros && !(path.finite && path.finite(job.call)))
     for (int64_t i = 0; i < m; i++)
       if (zs::has_non_finite(x + i * w.columns, w.columns)) {
         try {

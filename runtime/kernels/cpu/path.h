@@ -85,6 +85,9 @@ struct Path {
   void (*prepare)(const Call& call, int64_t task);
   int64_t (*row_step)(const Weight& weight, int64_t m);
   void (*rows)(const Call& call, int64_t begin, int64_t end);
+
+  // Whether all of x is finite, where `prepare` finds that out on its way; null: x is looked at.
+  bool (*finite)(const Call& call) = nullptr;
 };
 
 // The features of this CPU (cpu.cpp).

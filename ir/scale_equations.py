@@ -1,0 +1,194 @@
+"""Signed equalities between unknown log-scales, solved by connected components.
+
+Every number that might be scaled has a variable: the unknown logarithm of its scale. Operators say
+which variables must be equal, which must be opposite, and which must be zero. Variables are
+positive integers; `-v` is the opposite of `v`, and 0 is a scale that cannot change.
+
+A tensor of variables, one for each element of a value, is called its labels. Most values have the
+same labels in every row, so labels are kept with strides of 0 along the dimensions in which they
+do not vary: they cost as much as one row.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+
+def squeeze_repeats(labels: torch.Tensor) -> torch.Tensor:
+    """Returns labels with one entry along each dimension in which they are known not to vary."""
+    for axis in range(labels.dim()):
+        if labels.stride(axis) == 0 and labels.shape[axis] > 1:
+            labels = labels.narrow(axis, 0, 1)
+    return labels
+
+
+def find_repeats(labels: torch.Tensor) -> torch.Tensor:
+    """Returns the same labels with a stride of 0 along every dimension in which they do not vary."""
+    shape, kept = labels.shape, squeeze_repeats(labels)
+    for axis in range(kept.dim()):
+        if kept.shape[axis] > 1:
+            first = kept.narrow(axis, 0, 1)
+            if bool((kept == first).all()):
+                kept = first
+    return kept.expand(shape)
+
+
+def broadcast(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns both labels at the shape that they broadcast to."""
+    shape = np.broadcast_shapes(first.shape, second.shape)
+    return first.expand(shape), second.expand(shape)
+
+
+def count_runs(ordered: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the values of a sorted vector, each once; where each begins; how often it occurs."""
+    begins = torch.ones(len(ordered), dtype=torch.bool)
+    begins[1:] = ordered[1:] != ordered[:-1]
+    first = begins.nonzero().flatten()
+    ends = torch.cat([first[1:], torch.tensor([len(ordered)])])
+    return ordered[first], first, ends - first
+
+
+class ScaleEquations:
+    """Collects equations between variables, and solves them.
+
+    Solving is repeated: what is known so far (`canonical`) decides which equations the next round
+    adds. Each round can only join more variables, so the rounds end.
+    """
+
+    def __init__(self) -> None:
+        self._count = 1
+        # What each variable is known to equal; entry 0 is the scale that cannot change. Longer
+        # than the number of variables, so that adding some does not copy all.
+        self._known = torch.arange(1024)
+        # Why it cannot change, as an index into `_whys`; -1 where it can, or nobody said.
+        self._why = torch.full((1024,), -1)
+        self._whys: list[str] = []
+        self._number_of_why: dict[str, int] = {}
+        self._equalities: list[torch.Tensor] = []
+        self._pins: list[tuple[torch.Tensor, int]] = []
+        self._positive = torch.zeros(1024, dtype=torch.bool)
+
+    def new_variables(self, count: int) -> torch.Tensor:
+        """Returns variables that nothing is known of, [count]."""
+        first, self._count = self._count, self._count + count
+        if self._count > len(self._known):
+            more = 2 * self._count
+            self._known = torch.cat([self._known, torch.arange(len(self._known), more)])
+            self._why = torch.cat([self._why, torch.full((more - len(self._why),), -1)])
+            padding = torch.zeros(more - len(self._positive), dtype=torch.bool)
+            self._positive = torch.cat([self._positive, padding])
+        fresh = torch.arange(first, self._count)
+        return fresh
+
+    def canonical(self, labels: torch.Tensor) -> torch.Tensor:
+        """Returns labels in which variables known to be equal are the same."""
+        kept = squeeze_repeats(labels)
+        return (self._known[kept.abs()] * kept.sign()).expand(labels.shape)
+
+    def equate(self, first: torch.Tensor, second: torch.Tensor, why: str) -> None:
+        """Demands that labels be equal, after broadcasting.
+
+        Args:
+            first: Labels.
+            second: Labels.
+            why: The operator and the node that demand it; the reason where one of the two is zero.
+        """
+        pair = broadcast(squeeze_repeats(first), squeeze_repeats(second))
+        a, b = (self.canonical(labels).reshape(-1) for labels in pair)
+        differ = (a != b) & (a != -b) & (a != 0) & (b != 0)
+        if bool(differ.any()):
+            self._equalities.append(torch.stack([a[differ], b[differ]], 1))
+        self.pin(torch.where(a == b, 0, torch.where(a == 0, b, a))[~differ], why)
+
+    def pin(self, labels: torch.Tensor, why: str) -> None:
+        """Demands that labels be zero.
+
+        Args:
+            labels: Of any shape.
+            why: The operator and the node that do not allow a scale.
+        """
+        variables = self.canonical(squeeze_repeats(labels)).abs()
+        variables = variables[variables != 0]
+        if len(variables):
+            number = self._number_of_why.setdefault(why, len(self._whys))
+            if number == len(self._whys):
+                self._whys.append(why)
+            self._pins.append((variables, number))
+
+    def require_positive(self, labels: torch.Tensor) -> None:
+        """Demands that the scales of labels be greater than zero."""
+        self._positive[squeeze_repeats(labels).abs()] = True
+
+    def is_positive(self, variables: torch.Tensor) -> torch.Tensor:
+        """Returns for each class of equal variables whether its scale must be greater than zero."""
+        demanded = self._known[self._positive.nonzero().flatten()].abs()
+        return torch.isin(self.canonical(variables).abs(), demanded)
+
+    def why_pinned(self, variables: torch.Tensor) -> list[str]:
+        """Returns the reasons for which variables cannot change, most frequent first."""
+        found = self._why[variables.abs().flatten()]
+        numbers, _, counts = count_runs(found[found >= 0].sort().values)
+        return [self._whys[int(n)] for n in numbers[counts.argsort(descending=True)]]
+
+    def solve(self) -> bool:
+        """Applies all equations since the last call; returns whether they told anything new."""
+        if not self._equalities and not self._pins:
+            return False
+        count = len(self._known)
+        component = _components(2 * count, self._doubled_edges())
+        plus, minus = component[0::2], component[1::2]
+        why = torch.full((2 * count,), -1)  # of each component
+        # The first reason given counts: it is the one nearest to the inputs.
+        for variables, number in reversed(self._pins):
+            why[plus[variables]] = number
+            why[minus[variables]] = number
+        pinned = (plus == minus) | (why[plus] >= 0)
+        pinned[0] = True
+        # A component has a mirror image; its smallest index tells variable and sign.
+        smallest = torch.where(plus % 2 == 0, plus // 2, -(plus // 2))
+        solution = torch.where(pinned, 0, smallest)
+        self._note_reasons(pinned, why[plus])
+        before = self._known
+        self._known = solution[before.abs()] * before.sign()
+        self._equalities, self._pins = [], []
+        return not torch.equal(before, self._known)
+
+    def _doubled_edges(self) -> torch.Tensor:
+        """Each variable is two vertices, +v and -v; a = b joins +a with +b and -a with -b."""
+        if not self._equalities:
+            return torch.zeros((0, 2), dtype=torch.long)
+        pairs = torch.cat(self._equalities)
+        signed = 2 * pairs.abs() + (pairs < 0)
+        return torch.cat([signed, signed ^ 1, torch.tensor([[0, 1]])])
+
+    def _note_reasons(self, pinned: torch.Tensor, why: torch.Tensor) -> None:
+        # A variable that stands for others passes its reason on to them.
+        standing = self._known.abs()
+        new = pinned[standing] & (self._why < 0) & (standing > 0)
+        self._why[new] = why[standing][new]
+
+
+def _components(count: int, edges: torch.Tensor) -> torch.Tensor:
+    """Returns the smallest vertex of the connected component of each vertex.
+
+    Args:
+        count: Number of vertices.
+        edges: Pairs of vertices, int64 [edges, 2].
+    """
+    smallest = torch.arange(count)
+    first, second = edges[:, 0], edges[:, 1]
+    while True:
+        a, b = smallest[first], smallest[second]
+        unlike = a != b
+        if not bool(unlike.any()):
+            return smallest
+        first, second, a, b = first[unlike], second[unlike], a[unlike], b[unlike]
+        lower = torch.minimum(a, b)
+        smallest.scatter_reduce_(0, torch.maximum(a, b), lower, "amin")
+        # Follow the chains to their ends, so that every vertex names a root.
+        while True:
+            shorter = smallest[smallest]
+            if torch.equal(shorter, smallest):
+                break
+            smallest = shorter
