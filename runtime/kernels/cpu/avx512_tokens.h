@@ -9,6 +9,13 @@
 
 #include "path.h"
 
+// Before a loop over registers: unless it is unrolled early, GCC keeps them in memory.
+#if defined(__GNUC__) && !defined(__clang__)
+#define ZS_UNROLL _Pragma("GCC unroll 32")
+#else
+#define ZS_UNROLL
+#endif
+
 namespace zs {
 namespace avx512 {
 
@@ -48,6 +55,17 @@ inline void transpose(__m512i (&v)[16]) {
 inline __mmask16 first_lanes(int64_t count) {
   if (count <= 0) return 0;
   return count >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << count) - 1);
+}
+
+// Adds to each lane of `sum` the products of its four bytes of x with those of w.
+//
+// GCC copies the sum of the intrinsic from register to register, and runs out of them.
+inline void add_products(__m512i& sum, __m512i x, __m512i w) {
+#if defined(__GNUC__) && !defined(__clang__)
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+#else
+  sum = _mm512_dpbusd_epi32(sum, x, w);
+#endif
 }
 
 // How many rows of x are multiplied with each expansion of W: as many as stay in the L2 cache.

@@ -20,11 +20,12 @@ extern const Path neon_dotprod_int8;
 #endif
 extern const Path portable_dot;
 extern const Path portable_int8;
+extern const Path portable_int8_tokens;
+extern const Path portable_tokens;
 #ifdef ZS_HAVE_AVX512
 extern const Path avx512_dot;
 extern const Path avx512_gather;
 extern const Path avx512_int8_dot;
-extern const Path avx512_int8_skip;
 extern const Path avx512_int8_tile;
 extern const Path avx512_throughput;
 extern const Path avx512_tile;
@@ -52,11 +53,12 @@ static const Path* const kPaths[] = {
 #endif
     &portable_dot,
     &portable_int8,
+    &portable_int8_tokens,
+    &portable_tokens,
 #ifdef ZS_HAVE_AVX512
     &avx512_dot,
     &avx512_gather,
     &avx512_int8_dot,
-    &avx512_int8_skip,
     &avx512_int8_tile,
     &avx512_throughput,
     &avx512_tile,

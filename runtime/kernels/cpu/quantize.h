@@ -32,7 +32,7 @@ inline uint8_t quantize(float x, const RowScale& row) {
   return (uint8_t)std::min(255.0f, std::max(0.0f, q));
 }
 
-inline RowScale quantize_row(const float* x, int64_t columns, uint8_t* q) {
+inline RowScale row_scale(const float* x, int64_t columns) {
   float low = 0, high = 0;
   bool finite = true;
   for (int64_t k = 0; k < columns; k++) {
@@ -40,8 +40,11 @@ inline RowScale quantize_row(const float* x, int64_t columns, uint8_t* q) {
     high = std::max(high, x[k]);
     finite &= std::isfinite(x[k]);
   }
-  const RowScale row =
-      finite ? row_scale(low, high) : RowScale{std::numeric_limits<float>::quiet_NaN(), 0};
+  return finite ? row_scale(low, high) : RowScale{std::numeric_limits<float>::quiet_NaN(), 0};
+}
+
+inline RowScale quantize_row(const float* x, int64_t columns, uint8_t* q) {
+  const RowScale row = row_scale(x, columns);
   for (int64_t k = 0; k < columns; k++) q[k] = std::isnan(row.scale) ? 0 : quantize(x[k], row);
   return row;
 }

@@ -156,7 +156,7 @@ struct Input {
     return row_offsets[(size_t)from.below((int64_t)row_offsets.size())];
   }
 
-  // Copies an array to where nothing but bytes is aligned: the operator takes it, the interface not.
+  // Copies an array to an odd address: the operator takes it, the interface does not.
   template <class Pointer>
   void move(Pointer& array, size_t size) {
     if (!array || moved) return;
@@ -368,7 +368,8 @@ void last_first(void*, void (*task)(void*, size_t), size_t count, void* argument
 void run(Reader& from, Reader& content, const Input& input, const Made& made, int64_t m) {
   const zs_linear* linear = made.linear;
   const zs_weight& w = input.view;
-  const bool special = from.once_in(8), with_bias = from.once_in(2), own_workspace = from.once_in(2);
+  const bool special = from.once_in(8), with_bias = from.once_in(2);
+  const bool own_workspace = from.once_in(2);
   Exact<float> x((size_t)(m * w.columns)), bias((size_t)w.rows), y((size_t)(m * w.rows));
   for (size_t i = 0; i < x.size(); i++) {
     const uint32_t bits = (uint32_t)content.number(input.tame ? 1 : 4);
@@ -398,7 +399,7 @@ void run(Reader& from, Reader& content, const Input& input, const Made& made, in
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  // The choices come first and the content of the arrays after them, so that neither moves the other.
+  // Choices come first and the content of the arrays after them, so that neither moves the other.
   const size_t choices = std::min<size_t>(size, 40);
   Reader from(data, choices, 0);
   Reader content(data + choices, size - choices, from.number(2));
@@ -424,7 +425,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (!made.linear) {
     const bool asked = made.refusal.find("no kernel serves") != std::string::npos ||
                        made.refusal.find("unknown instruction set") != std::string::npos;
-    if (!input.lies && !asked && !by_operator) die("a good weight is refused", made.refusal.c_str());
+    if (!input.lies && !asked && !by_operator)
+      die("a good weight is refused", made.refusal.c_str());
     return 0;
   }
   // A weight without rows may have any number of columns: its arrays are empty.
