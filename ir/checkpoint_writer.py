@@ -133,9 +133,17 @@ def _write_companions(
     raw = read_json(source / CONFIG)
     kept = {key: value for key, value in raw.items() if key not in _NOT_OURS}
     kept["architectures"] = [architecture]
+    kept |= _added_biases(model, raw)
     # Older programs read the older key: it stays where it was.
     kept |= dict.fromkeys({"dtype", "torch_dtype"} & raw.keys() or {"dtype"}, dtype)
     (directory / CONFIG).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+
+
+def _added_biases(model: PreTrainedModel, raw: Mapping[str, Any]) -> dict[str, bool]:
+    """What the configuration says about biases that the model was given since it was loaded."""
+    before, now = type(model.config).from_dict(dict(raw)).to_dict(), model.config.to_dict()
+    options = [key for key, value in now.items() if value is True and "bias" in key]
+    return {key: True for key in options if before.get(key) is False}
 
 
 def _write_shards(keyed: Mapping[str, Source], directory: Path, max_shard_bytes: int) -> None:

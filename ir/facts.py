@@ -153,6 +153,50 @@ class Statistics(Fact):
 
 
 @dataclass(frozen=True, eq=False)
+class Steering:
+    """What the scores of one linear are multiplied by before a pattern chooses.
+
+    Args:
+        multipliers: One for each input channel, float32 [in], all positive.
+        error_before: Squared output error on the calibration data without them, summed.
+        error_after: The same with them.
+        held_out: Number of tokens that they were judged on and not learned from; 0 when they were
+            judged on what they were learned from.
+    """
+
+    multipliers: torch.Tensor
+    error_before: float
+    error_after: float
+    held_out: int
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreMultipliers(Fact):
+    """What pruners multiply their scores by; linears that are not in it are scored as ever."""
+
+    linears: Mapping[str, Steering] = field(default_factory=dict)
+
+    def check(self, program: Program) -> str | None:
+        from zeroskip.ir.linears import find_linears
+
+        widths = {linear.name: linear.in_features for linear in find_linears(program)}
+        for name, steering in self.linears.items():
+            found = steering.multipliers
+            if found.shape != (widths.get(name),):
+                return f"{len(found)} multipliers for {name}, which has {widths.get(name)} inputs"
+            if not bool((torch.isfinite(found) & (found > 0)).all()):
+                return f"a multiplier of {name} is not a positive number"
+        return None
+
+    def restrict(self, linears: Iterable[str]) -> ScoreMultipliers:
+        names = set(linears)
+        return ScoreMultipliers({n: s for n, s in self.linears.items() if n in names})
+
+    def merge(self, other: ScoreMultipliers) -> ScoreMultipliers:
+        return ScoreMultipliers({**self.linears, **other.linears})
+
+
+@dataclass(frozen=True, eq=False)
 class Mask:
     """Which weights of one linear are kept.
 

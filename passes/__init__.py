@@ -4,7 +4,9 @@ from zeroskip.passes.apply_masks import ApplyMasks
 from zeroskip.passes.base import Pass, PassResult
 from zeroskip.passes.eliminate_dead_code import EliminateDeadCode
 from zeroskip.passes.export_onnx import ExportOnnx
+from zeroskip.passes.find_scale_groups import FindScaleGroups
 from zeroskip.passes.fold_constants import FoldConstants
+from zeroskip.passes.fold_scales import FoldScales
 from zeroskip.passes.lower_masked import LowerMasked
 from zeroskip.passes.lower_sparse_linear import LowerSparseLinear
 from zeroskip.passes.manager import (
@@ -19,13 +21,19 @@ from zeroskip.passes.prune_magnitude import PruneMagnitude
 from zeroskip.passes.prune_wanda import PruneWanda
 from zeroskip.passes.pruner import Pruner
 from zeroskip.passes.quantize_values import QuantizeValues
+from zeroskip.passes.shift_to_bias import ShiftToBias
+from zeroskip.passes.steer_scores import SteerScores
 
 PASSES: dict[str, type[Pass]] = {
     cls.name: cls
     for cls in (
+        FindScaleGroups,
         Observe,
+        FoldScales,
+        SteerScores,
         PruneMagnitude,
         PruneWanda,
+        ShiftToBias,
         ApplyMasks,
         QuantizeValues,
         LowerMasked,
@@ -42,7 +50,9 @@ __all__ = [
     "DumpPrograms",
     "EliminateDeadCode",
     "ExportOnnx",
+    "FindScaleGroups",
     "FoldConstants",
+    "FoldScales",
     "Instrument",
     "LowerMasked",
     "LowerSparseLinear",
@@ -56,4 +66,6 @@ __all__ = [
     "PruneWanda",
     "Pruner",
     "QuantizeValues",
+    "ShiftToBias",
+    "SteerScores",
 ]

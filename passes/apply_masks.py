@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from zeroskip.ir.facts import Masks, SparseWeights, Statistics
+from zeroskip.ir.facts import Masks, ScoreMultipliers, SparseWeights, Statistics
 from zeroskip.ir.linears import find_linears, masked_sources
 from zeroskip.ir.program import Program
 from zeroskip.passes.base import Pass, Scope
@@ -16,7 +16,8 @@ class ApplyMasks(Pass):
 
     The kept weights stay bit for bit what they were. The zeros are held as a mask over the old
     weight until someone asks for the tensor, so that this costs 1/32 of the weights' memory.
-    Statistics are dropped: what comes out of a pruned linear is no longer what was observed.
+    Statistics, and what was learned from them, are dropped: what comes out of a pruned linear is no
+    longer what was observed.
 
     Before::
 
@@ -33,7 +34,7 @@ class ApplyMasks(Pass):
     name = "apply-masks"
     requires = (Masks,)
     provides = (SparseWeights,)
-    invalidates = (Statistics,)
+    invalidates = (Statistics, ScoreMultipliers)
     lossy = True
 
     @property

@@ -10,6 +10,7 @@ import dataclasses
 import tempfile
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, final
@@ -90,6 +91,10 @@ class Pass(ABC):
 
     def targets(self, program: Program) -> frozenset[str] | None:
         """Names the linears worked on; None means that any part of the program may be."""
+        return None
+
+    def warning(self, later: Sequence[Pass]) -> str | None:
+        """Returns what is amiss with the pass in view of those that come later in the list."""
         return None
 
     @final

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,6 +10,7 @@ from typing import Literal
 import torch
 from torch import fx
 
+from zeroskip.ir.added_parameters import added_parameters, parameters_added
 from zeroskip.ir.errors import LoweringError
 from zeroskip.ir.facts import Lowered, QuantizedValues, SparseWeights
 from zeroskip.ir.folders import check_target, source_folder
@@ -84,24 +86,33 @@ class ExportOnnx(Pass):
 
         # A program without a mask cannot say what a padded batch should give.
         cases = [case for case in CACHE_CASES if program.padding_masks or not case.padding]
-        export_onnx(
-            self.directory,
-            weights=program.weights,
-            reference=reference,
-            model=program.model,
-            graph_module=_skeleton(program),
-            example_inputs=program.example_inputs,
-            output_names=program.outputs,
-            form=self.form,
-            edit=lower if Lowered in program.facts else None,
-            opset=self.opset,
-            external_data_threshold=parse_bytes(self.external_data_threshold),
-            sparse_initializers=self.sparse_initializers,
-            tokenizer_source=self.tokenizer or _own_tokenizer(program.model),
-            cache_cases=cases,
-            parity_limit=self.parity_limit or _limit(program),
-        )
+        with _with_added_parameters(program):
+            export_onnx(
+                self.directory,
+                weights=program.weights,
+                reference=reference,
+                model=program.model,
+                graph_module=_skeleton(program),
+                example_inputs=program.example_inputs,
+                output_names=program.outputs,
+                form=self.form,
+                edit=lower if Lowered in program.facts else None,
+                opset=self.opset,
+                external_data_threshold=parse_bytes(self.external_data_threshold),
+                sparse_initializers=self.sparse_initializers,
+                tokenizer_source=self.tokenizer or _own_tokenizer(program.model),
+                cache_cases=cases,
+                parity_limit=self.parity_limit or _limit(program),
+            )
         return program
+
+
+def _with_added_parameters(program: Program) -> contextlib.AbstractContextManager[None]:
+    """Lets the module have the biases that passes added while it is captured with a cache."""
+    added = added_parameters(program)
+    if not added or program.model is None:
+        return contextlib.nullcontext()
+    return parameters_added(program.model, added)
 
 
 # float32 differs in the order of sums only. Half-precision programs are exported in float32, so

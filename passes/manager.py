@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -130,8 +131,10 @@ class PassManager:
             CompileError: A pass failed; the program given is as it was.
         """
         check_requirements(self.passes, frozenset(program.facts))
-        for step in self.passes:
+        for number, step in enumerate(self.passes):
             step.check(program)
+            if text := step.warning(self.passes[number + 1 :]):
+                warnings.warn(text, stacklevel=2)
         verify(program)
         records = [PassRecord(p.name, _options(p)) for p in self.passes]
         started = time.perf_counter()

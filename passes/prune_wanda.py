@@ -9,6 +9,7 @@ import torch
 from zeroskip.ir.errors import RequirementError
 from zeroskip.ir.facts import Statistics
 from zeroskip.ir.linears import Linear
+from zeroskip.ir.patterns import NM, Unstructured, parse_pattern
 from zeroskip.ir.program import Program
 from zeroskip.passes.pruner import Pruner
 
@@ -40,6 +41,14 @@ class PruneWanda(Pruner):
 
     name = "prune-wanda"
     requires = (Statistics,)
+
+    @property
+    def ignores_input_scales(self) -> bool:
+        """A column grows as its input shrinks; a row is compared with itself only."""
+        pattern = parse_pattern(self.pattern)
+        return isinstance(pattern, NM) or (
+            isinstance(pattern, Unstructured) and pattern.comparison == "row"
+        )
 
     def scores(self, program: Program, linear: Linear, weight: torch.Tensor) -> torch.Tensor:
         edge = program.fact(Statistics).edges.get(linear.name)

@@ -9,7 +9,7 @@ from typing import ClassVar, final
 import torch
 
 from zeroskip.ir.errors import CompileError, PatternError
-from zeroskip.ir.facts import Mask, Masks
+from zeroskip.ir.facts import Mask, Masks, ScoreMultipliers
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.patterns import SparsityPattern, Unstructured, parse_pattern
 from zeroskip.ir.program import Program
@@ -43,6 +43,11 @@ class Pruner(Pass):
     @property
     def scope(self) -> Scope:
         return "block"
+
+    @property
+    def ignores_input_scales(self) -> bool:
+        """Whether folding scales into the weights leaves every decision as it is."""
+        return False
 
     @abstractmethod
     def scores(self, program: Program, linear: Linear, weight: torch.Tensor) -> torch.Tensor:
@@ -92,7 +97,7 @@ class Pruner(Pass):
 
     @final
     def finite_scores(self, program: Program, linear: Linear) -> torch.Tensor:
-        """Returns the scores of a linear.
+        """Returns the scores of a linear, steered where `ScoreMultipliers` are known for it.
 
         Raises:
             CompileError: The weight, or a score, is NaN or infinite; names the linear.
@@ -107,6 +112,9 @@ class Pruner(Pass):
                 next_step="repair the checkpoint; a model with NaN or inf cannot be pruned",
             )
         scores = self.scores(program, linear, weight)
+        known = program.facts.get(ScoreMultipliers)
+        if isinstance(known, ScoreMultipliers) and linear.name in known.linears:
+            scores = scores * known.linears[linear.name].multipliers
         if not torch.isfinite(scores).all():
             raise CompileError(
                 "the scores overflow",

@@ -25,7 +25,9 @@ from zeroskip.passes import (
     ApplyMasks,
     EliminateDeadCode,
     ExportOnnx,
+    FindScaleGroups,
     FoldConstants,
+    FoldScales,
     LowerMasked,
     LowerSparseLinear,
     Observe,
@@ -34,6 +36,8 @@ from zeroskip.passes import (
     PruneMagnitude,
     PruneWanda,
     QuantizeValues,
+    ShiftToBias,
+    SteerScores,
 )
 from zeroskip.passes.base import TOLERANCES, relative_drift
 from zeroskip.recipe import Recipe, dump_recipe, load_recipe, loads_recipe
@@ -61,6 +65,20 @@ class Case:
 ADD: fx.node.Target = torch.ops.aten.add.Tensor
 NAMES: dict[str, Any] = {"include": ("*.up", "*proj*"), "exclude": ("head",)}
 CASES: dict[str, Case] = {
+    "find-scale-groups": Case(lambda _: FindScaleGroups(), FindScaleGroups()),
+    # Scales by group are tensors: the one option that no recipe can hold.
+    "fold-scales": Case(
+        lambda _: FoldScales(power_of_two=True),
+        FoldScales(
+            "smoothquant",
+            alpha=0.25,
+            limit=8.0,
+            power_of_two=True,
+            include=("up", "down"),
+            exclude=("up",),
+        ),
+        before=(FindScaleGroups(), Observe()),
+    ),
     "observe": Case(lambda _: Observe(), Observe(gram=True, keep=True, **NAMES)),
     "prune-magnitude": Case(lambda _: PruneMagnitude(), PruneMagnitude("4:8 pad", **NAMES)),
     "prune-wanda": Case(
@@ -83,6 +101,16 @@ CASES: dict[str, Case] = {
         LowerSparseLinear((1, 7), "measure", "stored", 3, "torch-cpu", **NAMES),
         before=(PruneMagnitude("2:4"), ApplyMasks()),
         reorders=("mlp", "llama", "gpt2", "moe", "convnet"),
+    ),
+    "steer-scores": Case(
+        lambda _: SteerScores(),
+        SteerScores("prune-magnitude", "2:4", 7, 0.2, 0.05, 8.0, 0.5, **NAMES),
+        before=(Observe(gram=True),),
+    ),
+    "shift-to-bias": Case(
+        lambda _: ShiftToBias(add=True),
+        ShiftToBias(add=True, **NAMES),
+        before=(Observe(), PruneMagnitude("2:4")),
     ),
     "fold-constants": Case(lambda _: FoldConstants(), FoldConstants(limit=7)),
     "eliminate-dead-code": Case(lambda _: EliminateDeadCode(), EliminateDeadCode()),

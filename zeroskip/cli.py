@@ -183,6 +183,36 @@ def eval_command(
     typer.echo(json.dumps(asdict(result), indent=2) if as_json else str(result))
 
 
+@app.command("inspect", epilog=EXIT_CODES)
+def inspect_command(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face directory or a GGUF file.")],
+    scales: Annotated[
+        bool, typer.Option("--scales", help="The groups of channels that scales cancel in.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what zeroskip sees in MODEL; no weight of a directory is read.
+
+    --scales: each group of parameters that channel scales cancel in, what it scales, which sign the
+    scales must have and which bias can absorb a shift; and for each linear that cannot be scaled,
+    the operator that does not allow it.
+    """
+    if not scales:
+        problem = CompileError("there is nothing to say", next_step="add --scales")
+        _fail(problem, REFUSED)
+    with _refusing_inputs():
+        from zeroskip.progress import without_loading_bars
+
+        with without_loading_bars(as_json):
+            source = _source(model)
+    from zeroskip.compile import open_program
+    from zeroskip.ir.scale_groups import find_scale_groups
+    from zeroskip.scale_table import scales_json, scales_table
+
+    found = find_scale_groups(open_program(source))
+    typer.echo(json.dumps(scales_json(found), indent=2) if as_json else scales_table(found))
+
+
 @app.command("passes", epilog=EXIT_CODES)
 def passes_command(as_json: Json = False) -> None:
     """List the passes that a recipe can name, and their options."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from zeroskip.batches import check_batches, default_inputs, example_from, read_batches
+from zeroskip.ir.added_parameters import add_parameters, added_parameters
 from zeroskip.ir.capture import capture
 from zeroskip.ir.checkpoint import open_checkpoint
 from zeroskip.ir.checkpoint_writer import save_checkpoint
@@ -104,16 +106,7 @@ def compile_sparse(
         CompileError: One of its children says what went wrong, where, and what to do next.
     """
     batches = read_batches(calibration)
-    if isinstance(model, (str, Path)):
-        program = _capture_checkpoint(Path(model), example_inputs, batches, dynamic_shapes)
-    elif isinstance(model, torch.nn.Module):
-        examples = example_inputs or example_from(batches) or default_inputs(model)
-        program = capture(model, examples, dynamic_shapes=dynamic_shapes)
-    else:
-        raise CaptureError(
-            f"a {type(model).__name__} cannot be compiled",
-            next_step="pass a torch.nn.Module or the path of a checkpoint directory",
-        )
+    program = open_program(model, example_inputs, batches, dynamic_shapes)
     check_batches(program, batches)
     program = dataclasses.replace(program, calibration=batches)
     watchers = [*instruments, *([ProgressBar()] if progress else [])]
@@ -122,9 +115,38 @@ def compile_sparse(
     drift = measure_drift(program, compiled)
     report = make_report(compiled, result, drift)
     live = model if isinstance(model, torch.nn.Module) else None
+    _add_parameters(compiled)
     if live is not None:
         _write_back(live, program, compiled)
     return CompiledModel(live, compiled, report)
+
+
+def open_program(
+    model: torch.nn.Module | str | Path,
+    example_inputs: Batch | None = None,
+    batches: Sequence[Batch] = (),
+    dynamic_shapes: Mapping[str, Any] | None = None,
+) -> Program:
+    """Captures a module, or a checkpoint directory whose weights stay on disk, as a Program.
+
+    Args:
+        model: See `compile_sparse`.
+        example_inputs: By default a few rows of the batches, or made up.
+        batches: Calibration data, if there is any.
+        dynamic_shapes: As for `torch.export`.
+
+    Raises:
+        CompileError: It is not a model, or cannot be captured.
+    """
+    if isinstance(model, (str, Path)):
+        return _capture_checkpoint(Path(model), example_inputs, batches, dynamic_shapes)
+    if not isinstance(model, torch.nn.Module):
+        raise CaptureError(
+            f"a {type(model).__name__} cannot be compiled",
+            next_step="pass a torch.nn.Module or the path of a checkpoint directory",
+        )
+    examples = example_inputs or example_from(batches) or default_inputs(model)
+    return capture(model, examples, dynamic_shapes=dynamic_shapes)
 
 
 def _capture_checkpoint(
@@ -144,6 +166,21 @@ def _capture_checkpoint(
         weights=checkpoint.weights,
         trace_inputs=fakes,
     )
+
+
+def _add_parameters(program: Program) -> None:
+    """Gives the module, or the skeleton of a checkpoint, the biases that passes added."""
+    added = added_parameters(program)
+    if not added or program.model is None or add_parameters(program.model, added):
+        return
+    if hasattr(program.model, "save_pretrained"):
+        warnings.warn(
+            f"{len(added)} biases were added (the first is {next(iter(added))}), and "
+            f"{type(program.model).__name__} has no configuration that holds just these: "
+            "from_pretrained will ignore them in a saved checkpoint. The model, the program and "
+            "an ONNX export have them.",
+            stacklevel=3,
+        )
 
 
 def _write_back(model: torch.nn.Module, before: Program, after: Program) -> None:

@@ -109,7 +109,7 @@ def size(count: int) -> str:
 
 def _kind(row: Row) -> tuple[object, ...]:
     """What linears on one line have in common; speeds, which may differ a little, are not in it."""
-    name = tuple(_NUMBER.split(row.name)[::2])
+    name = without_numbers(row.name)
     verdict = row.verdict
     if verdict is None:
         return (name, row.shape, row.pattern, row.changed, row.note)
@@ -136,7 +136,7 @@ def _cells(group: Sequence[Row]) -> list[str]:
             f"{_range([row.speedups[m] for row in group], 2)}x @{m}" for m in first.speedups
         )
     return [
-        _common_name([row.name for row in group]),
+        common_name([row.name for row in group]),
         f"x {len(group)}" if len(group) > 1 else "",
         f"{first.shape[0]} x {first.shape[1]}",
         first.pattern,
@@ -183,8 +183,13 @@ def _range(numbers: Sequence[float], digits: int) -> str:
     return low if low == high else f"{low}-{high}"
 
 
-def _common_name(names: Sequence[str]) -> str:
-    """The name of several linears: `layers.0-29.mlp` where the numbers are without gaps."""
+def without_numbers(name: str) -> tuple[str, ...]:
+    """Returns what lies between the numbers of a name: the same for linears of like layers."""
+    return tuple(_NUMBER.split(name)[::2])
+
+
+def common_name(names: Sequence[str]) -> str:
+    """Returns the name of several that differ in numbers alone: `layers.0-29.mlp` where the numbers are without gaps."""
     if len(names) == 1:
         return names[0]
     columns = zip(*(_NUMBER.split(name) for name in names), strict=True)

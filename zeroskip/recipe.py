@@ -26,6 +26,7 @@ import yaml
 from zeroskip.ir.errors import CompileError, RecipeError
 from zeroskip.passes import PASSES
 from zeroskip.recipe_options import (
+    AS_A_LIST,
     check_known,
     kind_of,
     options_of,
@@ -150,12 +151,11 @@ def dump_recipe(recipe: Recipe | Iterable[Pass], *, defaults: bool = False) -> s
             raise RecipeError(
                 f"{step} would come back from a recipe as {again}.",
                 pass_name=step.name,
-                next_step=_AS_A_LIST,
+                next_step=AS_A_LIST,
             )
     return text
 
 
-_AS_A_LIST = "Give the passes to compile_sparse as a list instead."
 _RECIPE_KEYS = frozenset({"passes", "calibration", "memory"})
 
 
@@ -192,7 +192,7 @@ def _entry(step: Pass, defaults: bool) -> str | dict[str, dict[str, Any]]:
         raise RecipeError(
             f"{type(step).__name__} is not in zeroskip.passes.PASSES, so no recipe can name it.",
             pass_name=step.name,
-            next_step=_AS_A_LIST,
+            next_step=AS_A_LIST,
         )
     options = {}
     for name, (field, _) in options_of(type(step)).items():
@@ -205,6 +205,6 @@ def _entry(step: Pass, defaults: bool) -> str | dict[str, dict[str, Any]]:
                 options[name] = plain(value)
             except TypeError as error:
                 raise RecipeError(
-                    f"The option `{name}`: {error}.", pass_name=step.name, next_step=_AS_A_LIST
+                    f"The option `{name}`: {error}.", pass_name=step.name, next_step=AS_A_LIST
                 ) from error
     return {step.name: options} if options else step.name

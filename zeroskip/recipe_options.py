@@ -17,6 +17,8 @@ from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, Val
 from zeroskip.ir.errors import RecipeError
 from zeroskip.ir.patterns import SparsityPattern
 
+AS_A_LIST = "Give the passes to compile_sparse as a list instead."
+
 
 def options_of(cls: type[Any]) -> dict[str, tuple[Field[Any], Any]]:
     """The options of a pass: field name -> (field, type of the value in a recipe)."""
@@ -65,6 +67,15 @@ def read_value(hint: Any, value: object, name: str, where: str, pass_name: str |
         problem = f"The option `{name}` cannot be written in a recipe: its type is {hint}."
         raise RecipeError(problem, where=where, pass_name=pass_name) from error
     except (ValidationError, TypeError) as error:
+        if isinstance(error, ValidationError) and any(
+            detail["type"] == "needs_python_object" for detail in error.errors()
+        ):
+            raise RecipeError(
+                f"The option `{name}` holds objects, and a recipe can only hold text and numbers.",
+                where=f"{where}, option {name}",
+                pass_name=pass_name,
+                next_step=AS_A_LIST,
+            ) from error
         reasons = (
             sorted({detail["msg"].replace("array", "list") for detail in error.errors()})
             if isinstance(error, ValidationError)
@@ -111,6 +122,8 @@ def plain(value: object) -> Any:
         return value.as_posix()
     if isinstance(value, tuple | list):
         return [plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
     raise TypeError(f"a recipe cannot express a {type(value).__name__}")
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
+import torch
 import yaml
 
 from zeroskip.ir.errors import RecipeError
 from zeroskip.pass_list import describe_passes
-from zeroskip.passes import PASSES
+from zeroskip.passes import PASSES, FoldScales
 from zeroskip.recipe import (
     CalibrationOptions,
     Recipe,
@@ -183,3 +184,14 @@ def test_a_pass_that_is_not_in_the_table_cannot_be_written() -> None:
 
 def test_plain_data_is_a_recipe_too() -> None:
     assert parse_recipe({"passes": ["observe"]}).passes == (example("observe"),)
+
+
+def test_tensors_cannot_be_in_a_recipe() -> None:
+    step = FoldScales(scales={"a -> b": torch.ones(3)})
+    with pytest.raises(RecipeError, match="cannot express a Tensor") as caught:
+        dump_recipe([step])
+    assert "as a list" in str(caught.value.next_step)
+    with pytest.raises(RecipeError, match="`scales` holds objects") as caught:
+        loads_recipe("passes: [fold-scales: {scales: {a -> b: [1.0, 2.0]}}]")
+    assert caught.value.pass_name == "fold-scales"
+    assert "as a list" in str(caught.value.next_step)

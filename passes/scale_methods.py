@@ -1,0 +1,103 @@
+"""How the scales of a group are chosen: from its activations, its weights, or both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from zeroskip.ir.facts import EdgeStatistics, Statistics
+from zeroskip.ir.linears import Linear
+from zeroskip.ir.program import Program
+from zeroskip.ir.scale_groups import Consumer, ScaleGroup
+
+Seen = list[tuple[Consumer, EdgeStatistics]]
+
+
+def seen_consumers(program: Program, group: ScaleGroup) -> Seen:
+    """Returns the consumers of a group that calibration data reached, and what it was."""
+    edges = program.fact(Statistics).edges
+    found = [(c, edges[c.linear]) for c in group.consumers if c.linear in edges]
+    return [(consumer, edge) for consumer, edge in found if edge.count]
+
+
+def activation_scales(group: ScaleGroup, seen: Seen) -> torch.Tensor | None:
+    """Returns sqrt(E[x^2]) of each channel over all its tokens, float64; None without consumers.
+
+    |W s| is then |W| * sqrt(E[x^2]): magnitude becomes Wanda's score.
+    """
+    if not seen:
+        return None
+    squares = torch.zeros(group.size, dtype=torch.float64)
+    counts = torch.zeros(group.size, dtype=torch.float64)
+    for consumer, edge in seen:
+        inside = consumer.channels >= 0
+        channels = consumer.channels[inside]
+        squares.index_add_(0, channels, edge.total_of_squares[inside])
+        counts.index_add_(0, channels, torch.full_like(squares[channels], edge.count))
+    return (squares / counts).sqrt()
+
+
+def smoothquant_scales(
+    program: Program, group: ScaleGroup, seen: Seen, linears: Mapping[str, Linear], alpha: float
+) -> torch.Tensor | None:
+    """Returns max|x|^alpha / max|W|^(1 - alpha) of each channel, float64; None without consumers.
+
+    Xiao et al., arXiv 2211.10438, equation 4; there weights are multiplied by it as here.
+    """
+    if not seen:
+        return None
+    inputs = torch.zeros(group.size, dtype=torch.float64)
+    weights = torch.zeros(group.size, dtype=torch.float64)
+    for consumer, edge in seen:
+        inside = consumer.channels >= 0
+        channels = consumer.channels[inside]
+        columns = linears[consumer.linear].weight(program).abs().amax(0).double()
+        inputs.scatter_reduce_(0, channels, edge.abs_max.double()[inside], "amax")
+        weights.scatter_reduce_(0, channels, columns[inside], "amax")
+    return inputs.pow(alpha) / weights.pow(1 - alpha)
+
+
+def equalizing_scales(program: Program, group: ScaleGroup) -> torch.Tensor | None:
+    """Returns sqrt(range of what is divided / range of what is multiplied) of each channel, float64.
+
+    Both then have the same range, the largest absolute value. None where a group has one side only.
+    Nagel et al., arXiv 1906.04721, equation 11.
+    """
+    ranges = {sign: torch.zeros(group.size, dtype=torch.float64) for sign in (1, -1)}
+    for member in group.members:
+        weight = program.weights[member.parameter].double()
+        values = (member.slope * weight + member.offset).abs()
+        if member.axis is not None:
+            kept = {member.axis, 0} if member.stacked else {member.axis}
+            rest = [axis for axis in range(weight.dim()) if axis not in kept]
+            values = values.amax(rest) if rest else values
+        for sign, largest in ranges.items():
+            inside = member.exponents == sign
+            largest.scatter_reduce_(0, member.channels[inside], values[inside], "amax")
+    if any(bool((largest == 0).all()) for largest in ranges.values()):
+        return None
+    dead = (ranges[1] == 0) | (ranges[-1] == 0)
+    return torch.where(dead, torch.nan, (ranges[-1] / ranges[1]).sqrt())
+
+
+def normalized(scales: torch.Tensor, limit: float, power_of_two: bool = False) -> torch.Tensor:
+    """Returns scales with a geometric mean of 1, then kept within [1 / limit, limit].
+
+    A channel of scale 0 gets the lowest, one of infinity the largest, NaN the mean.
+
+    Args:
+        scales: Float64 [size], none below zero.
+        limit: See above.
+        power_of_two: Round each to the nearest power of two, in the exponent.
+    """
+    logarithm = scales.log2()
+    usable = torch.isfinite(logarithm)
+    if not bool(usable.any()):
+        return torch.ones_like(scales)
+    logarithm = (logarithm - logarithm[usable].mean()).nan_to_num(0.0, math.inf, -math.inf)
+    bound = math.log2(limit)
+    if power_of_two:
+        return logarithm.round().clamp(-math.floor(bound), math.floor(bound)).exp2()
+    return logarithm.clamp(-bound, bound).exp2()
