@@ -15,7 +15,7 @@ class FindScaleGroups(Pass):
 
     Derived from the dataflow alone: norms against the linears behind them, values against the
     output projection, queries against keys, one half of a gated MLP against the other, whatever
-    the architecture is called. Nothing is changed; `fold-scales` and `induce-sparsity` use it.
+    the architecture is called. Nothing is changed; `fold-scales` uses it.
 
     Before::
 
