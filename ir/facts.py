@@ -181,9 +181,11 @@ class ScoreMultipliers(Fact):
 
         widths = {linear.name: linear.in_features for linear in find_linears(program)}
         for name, steering in self.linears.items():
+            if name not in widths:
+                return f"multipliers for {name}, which is not a linear"
             found = steering.multipliers
-            if found.shape != (widths.get(name),):
-                return f"{len(found)} multipliers for {name}, which has {widths.get(name)} inputs"
+            if found.shape != (widths[name],):
+                return f"{len(found)} multipliers for {name}, which has {widths[name]} inputs"
             if not bool((torch.isfinite(found) & (found > 0)).all()):
                 return f"a multiplier of {name} is not a positive number"
         return None

@@ -7,6 +7,7 @@ from zeroskip.passes.export_onnx import ExportOnnx
 from zeroskip.passes.find_scale_groups import FindScaleGroups
 from zeroskip.passes.fold_constants import FoldConstants
 from zeroskip.passes.fold_scales import FoldScales
+from zeroskip.passes.induce_sparsity import InduceSparsity
 from zeroskip.passes.lower_masked import LowerMasked
 from zeroskip.passes.lower_sparse_linear import LowerSparseLinear
 from zeroskip.passes.manager import (
@@ -30,6 +31,7 @@ PASSES: dict[str, type[Pass]] = {
         FindScaleGroups,
         Observe,
         FoldScales,
+        InduceSparsity,
         SteerScores,
         PruneMagnitude,
         PruneWanda,
@@ -53,6 +55,7 @@ __all__ = [
     "FindScaleGroups",
     "FoldConstants",
     "FoldScales",
+    "InduceSparsity",
     "Instrument",
     "LowerMasked",
     "LowerSparseLinear",

@@ -1,4 +1,4 @@
-"""Times linears in chains, side by side: dense ones in ONNX Runtime, packed ones by their kernels."""
+"""Times chains of dense linears in ONNX Runtime, and compares what takes turns with them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from onnx import helper
 
 from zeroskip.runtime.bench import paired_ratios, take_turns
-from zeroskip.runtime.kernels.library import CpuLinear, ThreadPool
 
 HOPELESS = 2.0
 """A candidate this much slower than dense is not timed any further."""
@@ -72,28 +71,6 @@ class DenseChain:
         begin = self._clock()
         self._session.run(None, {"X": array})
         return (self._clock() - begin) / self.copies
-
-
-class SparseChain:
-    """Packed weights that are multiplied one after another.
-
-    Args:
-        linears: Copies of one weight.
-        pool: Threads; None uses the calling one.
-    """
-
-    def __init__(self, linears: Sequence[CpuLinear], pool: ThreadPool | None) -> None:
-        self.linears = linears
-        self._pool = pool
-        self._clock = clock(1 if pool is None else 2)
-
-    def seconds(self, x: torch.Tensor, most: int) -> float:
-        """Runs at most so many of them on x, float32 [m, columns]; returns the time of one."""
-        used = self.linears[:most]
-        begin = self._clock()
-        for linear in used:
-            linear(x, pool=self._pool)
-        return (self._clock() - begin) / len(used)
 
 
 def compare(runs: Sequence[Callable[[], float]], seconds: float) -> list[list[float]]:

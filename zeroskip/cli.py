@@ -268,7 +268,6 @@ def tune_command(
     with _refusing_inputs():
         from zeroskip.runtime.onnx.folder import MODEL_FILE
         from zeroskip.tune import (
-            default_threads,
             parse_m,
             progress_bar,
             totals,
@@ -283,13 +282,14 @@ def tune_command(
                 where=str(directory),
                 next_step="pass the folder that the ONNX export wrote",
             )
+    from zeroskip.runtime.machine import available_cores
     from zeroskip.runtime.onnx.tune import tune_folder
 
     with progress_bar(not as_json and sys.stderr.isatty()) as progress:
         tuned = tune_folder(
             directory,
             m_values=m_values,
-            threads=threads or default_threads(),
+            threads=threads or available_cores(),
             dry_run=dry_run,
             progress=progress,
         )

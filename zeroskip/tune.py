@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -27,13 +26,6 @@ def parse_m(text: str) -> tuple[int, ...]:
             f"--m {text} is no list of row counts", next_step="write it like --m 1,16,128"
         )
     return tuple(sorted({int(part) for part in parts}))
-
-
-def default_threads() -> int:
-    """Returns how many cores this process may use: what ONNX Runtime would take, about."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def tuned_json(tuned: Tuned) -> dict[str, Any]:

@@ -214,7 +214,7 @@ def _use_kernels(options: onnxruntime.SessionOptions, path: Path) -> None:
     try:
         session_options(options)
     except KernelLibraryError:
-        warn_dense_fallback(path, stacklevel=3)
+        warn_dense_fallback(path, stacklevel=4)  # Whoever opened the model.
 
 
 def positions(attention_mask: torch.Tensor) -> torch.Tensor:

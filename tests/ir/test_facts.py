@@ -19,8 +19,10 @@ from zeroskip.ir.facts import (
     Masks,
     QuantizedValues,
     Roles,
+    ScoreMultipliers,
     SparseWeights,
     Statistics,
+    Steering,
     same_facts,
 )
 from zeroskip.ir.formats import Rounded, ValueFormat
@@ -40,6 +42,10 @@ def edge(width: int, value: float = 1.0) -> EdgeStatistics:
 def mask(keep: torch.Tensor, pattern: SparsityPattern | None = None) -> Mask:
     shape = (keep.shape[0], keep.shape[1])
     return Mask(pack_bits(keep), shape, pattern or Unstructured(0.5), "planted")
+
+
+def steering(width: int, value: float = 1.5) -> Steering:
+    return Steering(torch.linspace(0.5, value, width), 2.0, 1.0, 4)
 
 
 def half(program: Program, name: str) -> torch.Tensor:
@@ -65,6 +71,7 @@ def true_facts(sparse: Program) -> list[Fact]:
     return [
         Roles(frozenset({"up.weight"}), frozenset({"mix.weight"}), frozenset({"head.weight"})),
         Statistics({n.name: edge(n.in_features, i) for i, n in enumerate(find_linears(sparse))}),
+        ScoreMultipliers({n.name: steering(n.in_features) for n in find_linears(sparse)}),
         Masks(masks),
         SparseWeights(masks),
         QuantizedValues({name: ValueFormat("float32") for name in NAMES}),
@@ -98,6 +105,10 @@ FALSEHOODS: list[tuple[Fact, str]] = [
     (Roles(shared=frozenset({"norm.weight"})), "norm.weight, which is not a linear"),
     (Statistics({"none": edge(13)}), "none, which is not a linear"),
     (Statistics({"up.weight": edge(27)}), r"\(27,\) channels, the linear has 13"),
+    (ScoreMultipliers({"none": steering(13)}), "none, which is not a linear"),
+    (ScoreMultipliers({"up.weight": steering(27)}), "27 multipliers for up.weight, which has 13"),
+    (ScoreMultipliers({"up.weight": steering(13, -1.0)}), "of up.weight is not a positive"),
+    (ScoreMultipliers({"up.weight": steering(13, float("inf"))}), "of up.weight is not a positive"),
     (Masks({"none": mask(WIDE)}), "none is"),
     (Masks({"mix.weight": mask(WIDE)}), r"mask of mix.weight is \(27, 13\)"),
     (Masks({"up.weight": mask(WIDE)}), "breaks 0.5: keeps 13 of 13, allowed 7"),

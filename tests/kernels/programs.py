@@ -47,7 +47,7 @@ def compile_kernels(
 
     # Those that take longest begin first.
     wanted = sorted((path for path in sources if sources[path] in groups), key=_size, reverse=True)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(compile_one, wanted))
 
 

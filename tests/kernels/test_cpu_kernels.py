@@ -20,7 +20,7 @@ from tests.kernels.cpu import (
     serves,
 )
 from zeroskip.ir.errors import LoweringError
-from zeroskip.ir.formats import BitmaskWeight
+from zeroskip.ir.formats import BitmaskWeight, pack_bitmask
 from zeroskip.runtime.kernels.library import CpuLinear, ThreadPool
 
 SHAPES = [(1, 1), (3, 63), (6, 65), (17, 200), (70, 321)]
@@ -83,6 +83,25 @@ def test_shapes(shape: tuple[int, int], density: float | str, dtype: str) -> Non
         compare(random_weight(*shape, density, dtype), level, TOKENS)
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("uneven", [None, 0, 1])
+def test_weights_that_keep_eight_of_each_sixteen(uneven: int | None, dtype: str) -> None:
+    """2:4 throughout has a path of its own; a weight as large that is uneven once must not take it."""
+    plain = random_weight(6, 128, "2:4", dtype)
+    weight, keep = plain.unpack(), plain.keep()
+    if uneven is not None:
+        row = keep[-1, 64 * uneven :]
+        here, there = row[:16].nonzero()[0], (~row[16:32]).nonzero()[0] + 16
+        row[here], row[there] = False, True
+        weight[-1, 64 * uneven + int(there)] = 1.0
+    again = pack_bitmask(
+        weight, keep, dtype=TYPES[dtype], scales=plain.scales, block_size=plain.block_size
+    )
+    assert again.kept == plain.kept == 6 * 64
+    for level in levels(dtype):
+        compare(again, level, TOKENS)
+
+
 @pytest.mark.parametrize("block_size", [64, 128, 640])
 def test_block_scales(block_size: int) -> None:
     for columns in (64, 100, 577):
@@ -127,13 +146,14 @@ def test_the_largest_products_do_not_overflow() -> None:
 @pytest.mark.parametrize("dtype", TYPES)
 def test_infinities_and_nans_answer_as_the_dense_product_does(dtype: str) -> None:
     """A pruned weight times infinity is NaN; with 8-bit activations the whole row is."""
-    weight = random_weight(20, 130, 0.3, dtype)
-    for level in levels(dtype):
-        for m in (1, 4, 40):
-            x = torch.randn(m, 130, generator=torch.Generator().manual_seed(1))
+    # Some kernels look for them in parts of 256 columns.
+    for columns, m in ((130, 1), (130, 4), (130, 40), (700, 40)):
+        weight = random_weight(20, columns, 0.3, dtype)
+        for level in levels(dtype):
+            x = torch.randn(m, columns, generator=torch.Generator().manual_seed(1))
             for row, special in enumerate((torch.inf, -torch.inf, torch.nan)):
                 if row * 2 < m:
-                    x[row * 2, 17 * row + 5] = special
+                    x[row * 2, (columns - 1) * (3 - row) // 3] = special
             for linear in linears(weight, level):
                 if serves(linear, m):
                     check(linear(x), weight, x, None, level, (linear.kernel(m), m))

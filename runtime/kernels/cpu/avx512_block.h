@@ -41,8 +41,8 @@ inline void arrange_token(const Call& c, const TokenBlocks& blocks, int64_t toke
 }
 
 // Adds the products over words [begin, end) to sums; bits[r] is the bitmask of a row, values[r] its
-// values at `begin`, which moves on. `prefetch(r, p)` is called before the values at p are read.
-template <class Values, int rows, int tokens, class Prefetch>
+// values at `begin`, which moves on; `even` is that of the weight, or false. `prefetch(r, p)` is called before the values at p are read.
+template <class Values, bool even, int rows, int tokens, class Prefetch>
 inline void multiply_words(const Weight& w, const int64_t (&row)[rows],
                            const typename Values::Element* (&values)[rows], const float* x,
                            int64_t begin, int64_t end, __m512 (&sums)[rows][tokens],
@@ -65,8 +65,8 @@ inline void multiply_words(const Weight& w, const int64_t (&row)[rows],
         const uint64_t word = bits[r][i];
         prefetch(r, values[r]);
         __m512 v[4];
-        Values::expand(values[r], word, scale[r], v);
-        values[r] += count_bits(word);
+        Values::template expand<even>(values[r], word, scale[r], v);
+        values[r] += kept_before<even, 64>(word);
         unroll<4>([&](auto q) {
           unroll<tokens>([&](auto t) {
             sums[r][t] = _mm512_fmadd_ps(v[q], _mm512_load_ps(x + t * 64 + q * 16), sums[r][t]);

@@ -94,7 +94,7 @@ void all_rows(const Call& c, int64_t begin, int64_t end) {
           unroll<tokens>([&](auto t) {
             registers[0][t] = i ? _mm512_load_ps(sums.lanes[r][t]) : _mm512_setzero_ps();
           });
-          multiply_words<Values, 1, tokens>(
+          multiply_words<Values, false, 1, tokens>(
               w, row, values, x + i * tokens * 64, i, part_end, registers,
               [&](int, const Element* p) { prefetch_lines(ahead + (uintptr_t)p, lines); });
           position[r] = part_end < w.words ? values[0] : row_start(next_n + r);

@@ -39,25 +39,34 @@ enum class LaneOrder {
   kQuarters,  // column 4 j + q
 };
 
+// How many of the first `columns` of a word are kept. Of an even weight (`Weight::even`) that is
+// known without counting, so that the loads of its values wait for nothing.
+template <bool even, int columns>
+inline int64_t kept_before(uint64_t word) {
+  if (even) return columns / 2;
+  return count_bits(columns == 64 ? word : word & (((uint64_t)1 << columns % 64) - 1));
+}
+
 // Each kind of values is a class with
 //   Element            what is stored
 //   kOrder             the order that `expand` leaves the columns in
 //   kRowScale          whether each sum of a row is to be multiplied by the one scale of the row
-//   expand(p, word, scale, v)  the 64 columns of a word of bitmask, whose kept values begin at p.
-//     It reads at most 64 elements from p: never beyond the padding of the values.
+//   expand<even>(p, word, scale, v)  the 64 columns of a word of bitmask, whose kept values begin
+//     at p. It reads at most 64 elements from p: never beyond the padding of the values.
 struct Float32Values {
   using Element = float;
   static constexpr LaneOrder kOrder = LaneOrder::kNatural;
   static constexpr bool kRowScale = false;
 
+  template <bool even>
   static void expand(const float* p, uint64_t word, float, __m512 (&v)[4]) {
     v[0] = _mm512_maskz_expand_ps((__mmask16)word, _mm512_loadu_ps(p));
     v[1] = _mm512_maskz_expand_ps((__mmask16)(word >> 16),
-                                  _mm512_loadu_ps(p + count_bits(word & 0xffff)));
+                                  _mm512_loadu_ps(p + kept_before<even, 16>(word)));
     v[2] = _mm512_maskz_expand_ps((__mmask16)(word >> 32),
-                                  _mm512_loadu_ps(p + count_bits(word & 0xffffffff)));
+                                  _mm512_loadu_ps(p + kept_before<even, 32>(word)));
     v[3] = _mm512_maskz_expand_ps((__mmask16)(word >> 48),
-                                  _mm512_loadu_ps(p + count_bits(word & 0xffffffffffff)));
+                                  _mm512_loadu_ps(p + kept_before<even, 48>(word)));
   }
 };
 
@@ -71,12 +80,13 @@ struct Float16Values {
   }
 
   // Converted before it is expanded: a conversion from memory leaves the shuffle port free.
+  template <bool even>
   static void expand(const uint16_t* p, uint64_t word, float, __m512 (&v)[4]) {
     v[0] = _mm512_maskz_expand_ps((__mmask16)word, load(p));
-    v[1] = _mm512_maskz_expand_ps((__mmask16)(word >> 16), load(p + count_bits(word & 0xffff)));
-    v[2] = _mm512_maskz_expand_ps((__mmask16)(word >> 32), load(p + count_bits(word & 0xffffffff)));
+    v[1] = _mm512_maskz_expand_ps((__mmask16)(word >> 16), load(p + kept_before<even, 16>(word)));
+    v[2] = _mm512_maskz_expand_ps((__mmask16)(word >> 32), load(p + kept_before<even, 32>(word)));
     v[3] = _mm512_maskz_expand_ps((__mmask16)(word >> 48),
-                                  load(p + count_bits(word & 0xffffffffffff)));
+                                  load(p + kept_before<even, 48>(word)));
   }
 };
 
@@ -86,11 +96,12 @@ struct Bfloat16Values {
   static constexpr bool kRowScale = false;
 
   // One expansion serves 32 columns; a bfloat16 is the upper half of a float32.
+  template <bool even>
   static void expand(const uint16_t* p, uint64_t word, float, __m512 (&v)[4]) {
     const __m512i upper = _mm512_set1_epi32((int)0xffff0000u);
     const uint32_t low = (uint32_t)word, high = (uint32_t)(word >> 32);
     const __m512i a = _mm512_maskz_expand_epi16(low, _mm512_loadu_si512(p));
-    const __m512i b = _mm512_maskz_expand_epi16(high, _mm512_loadu_si512(p + count_bits(low)));
+    const __m512i b = _mm512_maskz_expand_epi16(high, _mm512_loadu_si512(p + kept_before<even, 32>(word)));
     v[0] = _mm512_castsi512_ps(_mm512_slli_epi32(a, 16));
     v[1] = _mm512_castsi512_ps(_mm512_and_si512(a, upper));
     v[2] = _mm512_castsi512_ps(_mm512_slli_epi32(b, 16));
@@ -105,6 +116,7 @@ struct Int8Values {
   static constexpr bool kRowScale = true;
 
   // One expansion serves all 64 columns; shifts then bring each byte down with its sign.
+  template <bool even>
   static void expand(const int8_t* p, uint64_t word, float, __m512 (&v)[4]) {
     const __m512i a = _mm512_maskz_expand_epi8(word, _mm512_loadu_si512(p));
     v[0] = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(a, 24), 24));
@@ -118,8 +130,9 @@ struct Int8Values {
 struct Int8BlockValues : Int8Values {
   static constexpr bool kRowScale = false;
 
+  template <bool even>
   static void expand(const int8_t* p, uint64_t word, float scale, __m512 (&v)[4]) {
-    Int8Values::expand(p, word, scale, v);
+    Int8Values::expand<even>(p, word, scale, v);
     unroll<4>([&](auto q) { v[q] = _mm512_mul_ps(v[q], _mm512_set1_ps(scale)); });
   }
 };

@@ -409,7 +409,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const int64_t large = from.below(64);
   const int64_t rows = from.below(large == 1 ? 80 : 9);
   const int64_t columns = from.below(large == 2 ? 900 : 200);
-  const int64_t m = from.below(large < 8 ? 100 : large < 24 ? 20 : 6);
+  const int64_t m = from.below(large < 8 ? 150 : large < 24 ? 20 : 6);
   const int64_t block = type == ZS_INT8 ? from.below(4) * 64 : 0;
   Input input(from, content, {rows, columns, block, type});
   // A wider type would need more memory than there is.
