@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from zeroskip.models import load_model
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODELS = EXAMPLES.parent / "models"
 NEED_MODELS = {"demo.py", "fetch_models.py"}
@@ -36,22 +38,30 @@ def run(script: Path, cwd: Path, *arguments: str) -> str:
 )
 def test_an_example_runs(script: Path, tmp_path: Path) -> None:
     started = time.monotonic()
-    assert run(script, tmp_path).strip()
+    words = [str(tmp_path / "out")] if script.name == "quickstart.py" else []
+    printed = run(script, tmp_path, *words)
+    assert printed.strip()
     assert time.monotonic() - started < 120
-
-
-def test_the_quickstart_writes_where_it_is_told(tmp_path: Path) -> None:
-    printed = run(EXAMPLES / "quickstart.py", tmp_path, str(tmp_path / "out"))
-    assert "50%" in printed
-    assert (tmp_path / "out" / "onnx" / "model.onnx").is_file()
+    if words:
+        assert "50%" in printed
+        assert (tmp_path / "out" / "onnx" / "model.onnx").is_file()
 
 
 @pytest.mark.real
-def test_the_demo_runs_at_a_small_size(tmp_path: Path) -> None:
-    if not (MODELS / "smollm2-135m-instruct").is_dir():
+def test_the_demo_runs_on_the_first_layers(tmp_path: Path) -> None:
+    """All of it but 28 of the 30 layers, whose export takes minutes."""
+    source = MODELS / "smollm2-135m-instruct"
+    if not source.is_dir():
         pytest.skip("make models")
+    model, tokenizer = load_model(source)
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    model.config.layer_types = None
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
     sizes = ("--samples", "2", "--sequence-length", "64", "--tokens", "256", "--new-tokens", "4")
-    printed = run(EXAMPLES / "demo.py", tmp_path, "--out", str(tmp_path / "demo"), *sizes)
+    words = ("--model", str(tmp_path / "model"), "--out", str(tmp_path / "demo"))
+    printed = run(EXAMPLES / "demo.py", tmp_path, *words, *sizes)
     assert printed.count("perplexity") >= 2
     assert (tmp_path / "demo" / "onnx" / "model.onnx").is_file()
     assert (tmp_path / "demo" / "checkpoint" / "config.json").is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Sequence
 
@@ -46,6 +47,7 @@ LAYER = "model.layers.0."
 QUERY_KEY = f"{LAYER}self_attn.k_proj.weight -> {LAYER}self_attn.q_proj.weight"
 
 
+@functools.cache
 def program_of(name: str, dtype: torch.dtype = torch.float32, batches: int = 4) -> Program:
     """A model whose activations have channels of very different sizes, and calibration for it."""
     entry = ZOO[name]
