@@ -38,6 +38,9 @@ class Program:
         level: Which operators the graph may hold (see `zeroskip.ir.verify`).
         facts: What is known, by type.
         calibration: Batches that observers run on; empty when there is no calibration data.
+        dense_outputs: For each calibration batch of a stage, what the stage gave for it before
+            anything was pruned, on inputs that came out of unpruned stages; the calibration batches
+            themselves come out of the pruned ones. Empty unless a pass asks for them.
         padding_masks: Placeholders that hold 1 for a token and 0 for padding.
         model: The module that the Program was captured from; None for a stage.
     """
@@ -49,6 +52,7 @@ class Program:
     level: Level = "captured"
     facts: Mapping[type[Fact], Fact] = field(default_factory=dict)
     calibration: Sequence[Batch] = ()
+    dense_outputs: Sequence[Batch] = ()
     padding_masks: tuple[str, ...] = ()
     model: torch.nn.Module | None = None
 

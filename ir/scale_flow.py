@@ -22,7 +22,8 @@ from torch import fx
 
 from zeroskip.ir.label_flow import LabelFlow
 from zeroskip.ir.scale_equations import ScaleEquations, broadcast, squeeze_repeats
-from zeroskip.ir.scale_rules import RULES, STACK_PRODUCTS
+from zeroskip.ir.scale_products import STACK_PRODUCTS
+from zeroskip.ir.scale_rules import RULES
 from zeroskip.ir.scale_values import (
     Call,
     GainView,

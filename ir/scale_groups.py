@@ -18,7 +18,7 @@ from zeroskip.ir.linears import Linear, find_linears
 from zeroskip.ir.program import Program
 from zeroskip.ir.scale_equations import count_runs
 from zeroskip.ir.scale_flow import ScaleFlow
-from zeroskip.ir.scale_rules import MOST_GROWTH
+from zeroskip.ir.scale_products import MOST_GROWTH
 from zeroskip.ir.scale_values import TooFewRows, VariableKey
 from zeroskip.ir.shift_flow import ShiftFlow
 

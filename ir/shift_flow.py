@@ -21,7 +21,7 @@ from torch import fx
 from zeroskip.ir.label_flow import LabelFlow
 from zeroskip.ir.linears import find_linears
 from zeroskip.ir.scale_equations import broadcast, find_repeats, squeeze_repeats
-from zeroskip.ir.scale_rules import MOVEMENTS, keep, move
+from zeroskip.ir.scale_movements import MOVEMENTS, keep, move
 from zeroskip.ir.scale_values import Call, Refused, Value, fixed
 
 aten = torch.ops.aten

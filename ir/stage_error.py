@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from zeroskip.ir.streams import Stream
 class StageError:
     """Compares a program with itself under other parameters, on its calibration batches.
 
-    What the program computes is kept, in memory up to a budget, then on disk. Padding does not
-    count. Gradients flow to the other parameters, and to nothing else: parameters of a live model
+    It is compared with its `dense_outputs` where it comes with them. Else what it computes is kept,
+    in memory up to a budget, then on disk. Padding does not count. Gradients flow to the other parameters, and to nothing else: parameters of a live model
     are frozen here, and its gradients are never written. Use it as a context manager.
 
     Args:
@@ -27,11 +27,14 @@ class StageError:
     def __init__(self, program: Program, budget: int = 2**30) -> None:
         self._program = program.loaded()
         self._outputs = Stream([{} for _ in program.calibration], budget)
+        self._expected: Sequence[Batch] = program.dense_outputs or self._outputs
+        if program.dense_outputs:
+            return
         for index, batch in enumerate(program.calibration):
             self._outputs.write(index, self._program.run({n: batch[n] for n in program.inputs}))
 
     def __call__(self, index: int, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Returns ||outputs - original||^2 / ||original||^2 on one batch, float32, the mean over outputs.
+        """Returns ||outputs - expected||^2 / ||expected||^2 on one batch, float32, the mean over outputs.
 
         Args:
             index: Of the batch.
@@ -46,7 +49,7 @@ class StageError:
         for name, value in zip(program.outputs, values, strict=True):
             if value.is_floating_point():
                 tokens = _tokens(program, batch, value)
-                expected = self._outputs[index][name][tokens].float()
+                expected = self._expected[index][name][tokens].float()
                 size = expected.square().sum().clamp(min=1e-30)
                 total = total + (value[tokens].float() - expected).square().sum() / size
                 count += 1

@@ -59,7 +59,7 @@ def extract_stage(program: Program, stage: Stage, calibration: Sequence[Batch]) 
         example_inputs={n: calibration[0][n] for n in names} if calibration else {},
         outputs=tuple(node.name for node in stage.outputs),
         level=program.level,
-        calibration=_Restricted(calibration, names),
+        calibration=Restricted(calibration, names),
         padding_masks=tuple(n for n in program.padding_masks if n in names),
     )
     linears = [linear.name for linear in find_linears(part)]
@@ -84,8 +84,8 @@ def _placeholder(graph: fx.Graph, name: str, source: fx.Node) -> fx.Node:
     return node
 
 
-class _Restricted(Sequence[Batch]):
-    """Batches seen through the inputs of one stage; nothing is loaded before it is indexed."""
+class Restricted(Sequence[Batch]):
+    """Batches of which only some names are seen; nothing is loaded before it is indexed."""
 
     def __init__(self, batches: Sequence[Batch], names: Sequence[str]) -> None:
         self._batches = batches

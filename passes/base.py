@@ -77,6 +77,11 @@ class Pass(ABC):
         """`block`: runs stage by stage on propagated activations. `program`: sees all at once."""
         return "program"
 
+    @property
+    def uses_dense_outputs(self) -> bool:
+        """Whether a stage comes with `Program.dense_outputs`; it costs a second set of activations."""
+        return False
+
     def is_lossy(self, program: Program) -> bool:
         """Whether it may change what this program computes; for most passes, `lossy` says it."""
         return self.lossy

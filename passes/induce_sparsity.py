@@ -28,6 +28,7 @@ from zeroskip.passes.scale_learning import Learned, Schedule, learn_scales
 from zeroskip.passes.scale_methods import activation_scales, normalized, seen_consumers
 
 SCORES = ("magnitude", "wanda")
+TARGETS = ("dense", "stage")
 INITS = ("rms", "paper", "ones")
 Tensors = dict[str, torch.Tensor]
 
@@ -37,8 +38,8 @@ class InduceSparsity(Pass):
     """Learns the scales of every group of a stage under which its pruned form errs least.
 
     The learned scales are folded, so the program computes what it did, and any pruner may follow.
-    The target is what the dense stage makes of the inputs that it gets: those that come out of the
-    stages before it, pruned if they were. Scales start from statistics and follow the gradient of
+    There are two streams of activations: a stage gets what comes out of the stages before it, pruned
+    if they were, and is to give what it gave when nothing was. Scales start from statistics and follow the gradient of
 
         ||pruned - dense||^2 / ||dense||^2 + regularization * exp(-alpha * sum sigma_1(W) / ||W||_F)
 
@@ -54,6 +55,7 @@ class InduceSparsity(Pass):
     Args:
         pattern: What the pruner will keep.
         score: How it will score: `magnitude` or `wanda`.
+        target: `dense`: the two streams; `stage`: what the dense stage makes of its pruned inputs.
         init: Where scales start. `rms`: sqrt(E[x^2]), under which magnitude is Wanda (Wanda itself
             starts from ones). `paper`: ((median - mean_weight * mean)^2)^kappa. `ones`.
         epochs: Times that the batches are seen.
@@ -96,6 +98,7 @@ class InduceSparsity(Pass):
 
     pattern: str | SparsityPattern = "50%"
     score: str = "magnitude"
+    target: str = "dense"
     init: str = "rms"
     epochs: int = 3
     learning_rate: float = 1e-2
@@ -128,7 +131,12 @@ class InduceSparsity(Pass):
                 pass_name=self.name,
                 next_step='use "50%" (per row) or "50% matrix"',
             )
-        for option, known in (("score", SCORES), ("init", INITS), ("p", (1.0, 2.0))):
+        for option, known in (
+            ("score", SCORES),
+            ("target", TARGETS),
+            ("init", INITS),
+            ("p", (1.0, 2.0)),
+        ):
             if getattr(self, option) not in known:
                 raise CompileError(
                     f"there is no {option} {getattr(self, option)!r}",
@@ -156,6 +164,10 @@ class InduceSparsity(Pass):
     @property
     def scope(self) -> Scope:
         return "block"
+
+    @property
+    def uses_dense_outputs(self) -> bool:
+        return self.target == "dense" and not self._is_idle()
 
     def check(self, program: Program) -> None:
         check_selection(program, self.include, self.exclude)

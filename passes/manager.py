@@ -17,7 +17,7 @@ from zeroskip.ir.memory import return_freed_memory
 from zeroskip.ir.partition import Stage, find_stages
 from zeroskip.ir.printer import print_program
 from zeroskip.ir.program import Program
-from zeroskip.ir.stages import extract_stage, merge_facts, stitch_stages
+from zeroskip.ir.stages import Restricted, extract_stage, merge_facts, stitch_stages
 from zeroskip.ir.streams import Stream, parse_bytes
 from zeroskip.ir.verify import verify
 from zeroskip.passes.base import Pass, PassResult, graph_text, prove_equivalent
@@ -181,20 +181,30 @@ class PassManager:
         parts: list[Program] = []
         rewired = False
         batches = program.calibration or [program.example_inputs]
-        with Stream(batches, parse_bytes(self.memory)) as stream:
+        asked = any(self.passes[number].uses_dense_outputs for number in numbers)
+        two = asked and bool(program.calibration)
+        budget = parse_bytes(self.memory) // (2 if two else 1)
+        with Stream(batches, budget) as stream, Stream(batches if two else (), budget) as dense:
             for k, stage in enumerate(stages[: last + 1]):
                 part = extract_stage(current, stage, stream)
                 if not program.calibration:
                     part = dataclasses.replace(part, calibration=())
+                if two:
+                    _propagate(extract_stage(program, stage, dense), dense)
+                    part = dataclasses.replace(part, dense_outputs=Restricted(dense, part.outputs))
                 before = part
                 for number in numbers:
                     part = self._run(part, number, records, stage.name)
                 rewired |= graph_text(part) != graph_text(before)
                 # Only the graph is stitched in: the activations of a finished stage may go.
-                parts.append(dataclasses.replace(part, example_inputs={}, calibration=()))
+                finished = dataclasses.replace(part, example_inputs={}, calibration=())
+                parts.append(dataclasses.replace(finished, dense_outputs=()))
                 current = _commit(current, before, part)
                 if k < last:
-                    _propagate(part, stream, stages[k + 1 :], program.inputs)
+                    _propagate(part, stream)
+                    alive = {node.name for later in stages[k + 1 :] for node in later.inputs}
+                    for values in (stream, dense):
+                        values.keep_only(alive | set(program.inputs))
                 return_freed_memory()
         if rewired:
             parts += [extract_stage(current, stage, ()) for stage in stages[last + 1 :]]
@@ -244,15 +254,11 @@ def _commit(current: Program, before: Program, part: Program) -> Program:
     return merge_facts(current, part)
 
 
-def _propagate(
-    part: Program, stream: Stream, later: Sequence[Stage], inputs: Sequence[str]
-) -> None:
-    """Runs a finished stage on every batch and keeps what later stages read."""
+def _propagate(part: Program, stream: Stream) -> None:
+    """Runs a stage on every batch of a stream, which its outputs are added to."""
     running = part.loaded()
     for index in range(len(stream)):
         stream.write(index, running.run({name: stream[index][name] for name in part.inputs}))
-    alive = {node.name for stage in later for node in stage.inputs}
-    stream.keep_only(alive | set(inputs))
 
 
 def check_requirements(passes: Sequence[Pass], known: frozenset[type[Fact]]) -> None:

@@ -85,6 +85,7 @@ CASES: dict[str, Case] = {
         InduceSparsity(
             "2:4",
             score="wanda",
+            target="stage",
             init="paper",
             epochs=2,
             learning_rate=0.1,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from zeroskip.ir.facts import Lowered, Mask, Roles, SparseWeights
+from zeroskip.ir.folding import FoldedScales
+from zeroskip.ir.induction import Induced
 from zeroskip.ir.linears import Linear, find_linears
 from zeroskip.ir.patterns import SparsityPattern
 from zeroskip.ir.program import Program
@@ -38,12 +42,32 @@ class LinearReport:
 
 
 @dataclass(frozen=True)
+class GroupReport:
+    """What became of a group of channel scales.
+
+    Args:
+        name: Of the group.
+        folded: Whether scales other than 1 are folded into it.
+        smallest: The smallest of them; 1 where nothing is folded.
+        largest: The largest.
+        note: Why nothing was folded, or what it did to the error of its stage.
+    """
+
+    name: str
+    folded: bool
+    smallest: float
+    largest: float
+    note: str
+
+
+@dataclass(frozen=True)
 class Report:
     """What a compilation did.
 
     Args:
         passes: One record for each pass, in order.
         linears: Every linear of the program, in order of first use.
+        groups: Every group of scales that a pass folded or refused.
         stages: The parts that block-scoped passes ran on.
         seconds: Time for all passes, calibration and checks included.
         drift: Largest ||after - before|| / ||before|| of the program's outputs on the example
@@ -52,6 +76,7 @@ class Report:
 
     passes: list[PassRecord]
     linears: list[LinearReport]
+    groups: list[GroupReport]
     stages: list[str]
     seconds: float
     drift: float
@@ -72,6 +97,7 @@ class Report:
         return {
             "passes": passes,
             "linears": [dataclasses.asdict(linear) for linear in self.linears],
+            "scale_groups": [dataclasses.asdict(group) for group in self.groups],
             "stages": self.stages,
             "seconds": self.seconds,
             "drift": self.drift,
@@ -100,6 +126,7 @@ class Report:
                 *linear_table(linears, "note"),
                 *([slowest] if slowest else []),
                 "",
+                *_group_lines(self.groups),
                 f"{self.seconds:.1f} s in all",
                 f"density of pruned linears {self.density:.4f}",
                 f"output drift {self.drift:.3g}",
@@ -132,7 +159,43 @@ def make_report(program: Program, result: PipelineResult, drift: float) -> Repor
                 verdict=lowered.verdicts.get(linear.name),
             )
         )
-    return Report(result.records, linears, result.stages, result.seconds, drift)
+    groups = _group_reports(program)
+    return Report(result.records, linears, groups, result.stages, result.seconds, drift)
+
+
+def _group_reports(program: Program) -> list[GroupReport]:
+    folded = program.facts.get(FoldedScales, FoldedScales())
+    induced = program.facts.get(Induced, Induced())
+    assert isinstance(folded, FoldedScales)
+    assert isinstance(induced, Induced)
+    found = []
+    for name in sorted({*folded.folds, *folded.refused}):
+        fold, note = folded.folds.get(name), folded.refused.get(name, "")
+        outcome = induced.outcomes.get(name)
+        if fold is not None and outcome is not None and outcome.before is not None:
+            note = (
+                f"pruning errs by {outcome.after:.3g} with scales, by {outcome.before:.3g} without"
+            )
+        scales = torch.ones(1) if fold is None else fold.scales.abs()
+        found.append(
+            GroupReport(name, fold is not None, float(scales.min()), float(scales.max()), note)
+        )
+    return found
+
+
+def _group_lines(groups: Sequence[GroupReport]) -> list[str]:
+    """How many groups were folded, and the reasons why others were not, each once."""
+    if not groups:
+        return []
+    lines = [f"scales folded into {sum(group.folded for group in groups)} of {len(groups)} groups"]
+    reasons: dict[str, list[str]] = {}
+    for group in groups:
+        if not group.folded:
+            reasons.setdefault(group.note, []).append(group.name)
+    for reason, names in reasons.items():
+        others = f" and {len(names) - 1} others" if len(names) > 1 else ""
+        lines.append(f"  not {names[0]}{others}: {reason}")
+    return [*lines, ""]
 
 
 def _note(linear: Linear, mask: Mask | None, roles: Roles, lowered: Lowered) -> str:

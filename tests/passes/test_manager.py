@@ -103,6 +103,48 @@ def test_statistics_come_from_pruned_activations(llama: Program) -> None:
     assert not any(torch.equal(seen[n], dense[n].total_of_squares) for n in later)
 
 
+class ObserveBoth(Observe):
+    """Asks for the outputs of unpruned stages."""
+
+    @property
+    def uses_dense_outputs(self) -> bool:
+        return True
+
+
+Outputs = dict[str, list[dict[str, torch.Tensor]]]
+
+
+def stage_outputs(program: Program, steps: list[Pass], memory: str) -> tuple[Outputs, Outputs]:
+    """By stage and batch: the dense outputs that a pass is given, and what the stage computes."""
+    given: Outputs = {}
+    computed: Outputs = {}
+
+    class Reads(Instrument):
+        def before_pass(self, step: Pass, program: Program, part: str) -> None:
+            if step.name == "observe":
+                given[part] = [dict(batch) for batch in program.dense_outputs]
+                inputs = [{n: b[n] for n in program.inputs} for b in program.calibration]
+                computed[part] = [dict(program.run(batch)) for batch in inputs]
+
+    PassManager(steps, memory, (Reads(),))(program)
+    return given, computed
+
+
+@pytest.mark.parametrize("memory", ["4GiB", "1KiB"])
+def test_dense_outputs_come_out_of_unpruned_stages(llama: Program, memory: str) -> None:
+    steps = [ObserveBoth(), PruneWanda("2:4"), ApplyMasks()]
+    given, pruned = stage_outputs(llama, steps, memory)
+    nothing, dense = stage_outputs(llama, [Observe()], memory)
+    assert set(given) == set(pruned) < set(dense)
+    assert not any(any(batches) for batches in nothing.values())  # Nobody asked.
+    for part, batches in given.items():
+        for batch, expected, propagated in zip(batches, dense[part], pruned[part], strict=True):
+            assert batch.keys() == expected.keys()
+            assert all(torch.equal(batch[name], expected[name]) for name in batch)
+            same = [torch.equal(batch[name], propagated[name]) for name in batch]
+            assert all(same) == (part == next(iter(given)))
+
+
 def test_observing_in_stages_is_observing_at_once(llama: Program) -> None:
     staged = PassManager([Observe(gram=True)])(llama).program.fact(Statistics).edges
     whole = Observe(gram=True)(llama).program.fact(Statistics).edges

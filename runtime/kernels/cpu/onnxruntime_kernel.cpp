@@ -1,6 +1,7 @@
 // One SparseLinear node at work: attributes, constants, threads and scratch memory.
 #include "onnxruntime_kernel.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -98,9 +99,10 @@ class Kernel {
     if (!packed_) made = pack(context);
     const zs_linear* linear = (packed_ ? packed_ : made)->linear();
 
-    const float* bias = nullptr;
+    const float* bias = bias_;
     std::vector<float> aligned_bias;
-    if (has_input(context, kBias)) bias = read_bias(input(context, kBias), aligned_bias);
+    if (!bias_is_constant_ && has_input(context, kBias))
+      bias = read_bias(input(context, kBias), aligned_bias);
 
     OrtValue* output = nullptr;
     runtime_.check(runtime_.api->KernelContext_GetOutput(context, 0, y_shape.data(), y_shape.size(),
@@ -156,8 +158,16 @@ class Kernel {
       throw std::runtime_error("layout is " + std::to_string(a.layout) + ", it must be 0 or 1");
   }
 
-  // Packs here when the weight is constant, which it is in every model that zeroskip writes.
+  // Packs here when the weight is constant, which it is in every model that zeroskip writes. A bias
+  // of zeros, there because the function body must have one, is left out.
   void pack_constants(const OrtKernelInfo* info) {
+    Tensor bias;
+    bias_is_constant_ = !is_given(info, kBias) || constant(info, kBias, bias);
+    if (bias_is_constant_ && is_given(info, kBias)) {
+      const float* values = read_bias(bias, aligned_bias_);
+      const float* const end = values + attributes_.rows;
+      if (std::any_of(values, end, [](float value) { return value != 0; })) bias_ = values;
+    }
     WeightTensors tensors = {};
     tensors.has_scales = is_given(info, kScales);
     if (!constant(info, kBitmask, tensors.bitmask) ||
@@ -241,6 +251,9 @@ class Kernel {
   std::string where_;
   Attributes attributes_;
   std::unique_ptr<OrtMemoryInfo, void(ORT_API_CALL*)(OrtMemoryInfo*)> memory_;
+  bool bias_is_constant_ = false;
+  const float* bias_ = nullptr;  // null: not constant, or nothing to add
+  std::vector<float> aligned_bias_;
   std::unique_ptr<PackedWeight> packed_;  // null: an input of the weight is not constant
 };
 

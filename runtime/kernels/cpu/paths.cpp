@@ -26,6 +26,7 @@ extern const Path portable_tokens;
 extern const Path avx512_dot;
 extern const Path avx512_gather;
 extern const Path avx512_int8_dot;
+extern const Path avx512_int8_throughput;
 extern const Path avx512_int8_tile;
 extern const Path avx512_throughput;
 extern const Path avx512_tile;
@@ -59,6 +60,7 @@ static const Path* const kPaths[] = {
     &avx512_dot,
     &avx512_gather,
     &avx512_int8_dot,
+    &avx512_int8_throughput,
     &avx512_int8_tile,
     &avx512_throughput,
     &avx512_tile,
