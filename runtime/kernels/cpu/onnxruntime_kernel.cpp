@@ -84,6 +84,7 @@ class Kernel {
         runtime_.api->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &memory));
     memory_.reset(memory);
     pack_constants(info);
+    read_constant_bias(info);
   }
 
   void compute(OrtKernelContext* context) const {
@@ -158,16 +159,8 @@ class Kernel {
       throw std::runtime_error("layout is " + std::to_string(a.layout) + ", it must be 0 or 1");
   }
 
-  // Packs here when the weight is constant, which it is in every model that zeroskip writes. A bias
-  // of zeros, there because the function body must have one, is left out.
+  // Packs here when the weight is constant, which it is in every model that zeroskip writes.
   void pack_constants(const OrtKernelInfo* info) {
-    Tensor bias;
-    bias_is_constant_ = !is_given(info, kBias) || constant(info, kBias, bias);
-    if (bias_is_constant_ && is_given(info, kBias)) {
-      const float* values = read_bias(bias, aligned_bias_);
-      const float* const end = values + attributes_.rows;
-      if (std::any_of(values, end, [](float value) { return value != 0; })) bias_ = values;
-    }
     WeightTensors tensors = {};
     tensors.has_scales = is_given(info, kScales);
     if (!constant(info, kBitmask, tensors.bitmask) ||
@@ -176,6 +169,17 @@ class Kernel {
         (tensors.has_scales && !constant(info, kScales, tensors.scales)))
       return;
     packed_ = pack(tensors);
+  }
+
+  // A bias of zeros, there because the function body must have one, is left out.
+  void read_constant_bias(const OrtKernelInfo* info) {
+    Tensor bias;
+    bias_is_constant_ = !is_given(info, kBias) || constant(info, kBias, bias);
+    if (bias_is_constant_ && is_given(info, kBias)) {
+      const float* values = read_bias(bias, aligned_bias_);
+      const float* const end = values + attributes_.rows;
+      if (std::any_of(values, end, [](float value) { return value != 0; })) bias_ = values;
+    }
   }
 
   bool is_given(const OrtKernelInfo* info, Input input) const {
