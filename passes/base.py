@@ -172,8 +172,14 @@ class Pass(ABC):
         verify(after, after=self.name)
 
 
-def prove_equivalent(before: Program, after: Program, name: str) -> float:
+def prove_equivalent(before: Program, after: Program, name: str, parts: int = 1) -> float:
     """Runs two programs on the example inputs and returns the drift of the outputs.
+
+    Args:
+        before: What the outputs are compared with.
+        after: What may have moved.
+        name: Of the pass, for the error.
+        parts: How many parts in a row were each allowed to move by the tolerance; it adds up.
 
     Raises:
         EquivalenceError: The outputs moved by more than the dtype's tolerance; both programs are
@@ -182,6 +188,7 @@ def prove_equivalent(before: Program, after: Program, name: str) -> float:
     old, new = before.run(before.example_inputs), after.run(before.example_inputs)
     drifts = {key: relative_drift(old[key], new[key]) for key in old}
     limit = max((TOLERANCES[t.dtype] for t in old.values() if t.dtype in TOLERANCES), default=0.0)
+    limit *= parts
     drift = max(drifts.values(), default=0.0)
     if drift <= limit:
         return drift

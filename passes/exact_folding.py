@@ -123,37 +123,42 @@ class Reference:
     """What a program computes on some inputs.
 
     Args:
-        inputs: One batch.
-        outputs: What came of it.
+        cases: Batches, and what came of each.
     """
 
-    inputs: Batch
-    outputs: Mapping[str, torch.Tensor]
+    cases: tuple[tuple[Batch, Mapping[str, torch.Tensor]], ...]
 
     @classmethod
     def of(cls, program: Program) -> Reference:
-        """Runs a program on random inputs, or on its example inputs where those tell nothing.
+        """Runs a program on random inputs and on its example inputs, where those tell something.
+
+        The example inputs are what the pass as a whole is judged on.
 
         Raises:
             CompileError: Neither gives finite outputs that are not all zero.
         """
+        cases = []
         for inputs in (random_inputs(program), program.example_inputs):
             try:
                 outputs = program.run(inputs)
             except CompileError:
                 continue  # Not every number is a legal input.
             if all(_tells(value) for value in outputs.values() if value.is_floating_point()):
-                return cls(inputs, outputs)
-        raise CompileError(
-            "the outputs are not finite, or all zero, so nothing can be proven on them",
-            next_step="pass example inputs on which the model computes something",
-        )
+                cases.append((inputs, outputs))
+        if not cases:
+            raise CompileError(
+                "the outputs are not finite, or all zero, so nothing can be proven on them",
+                next_step="pass example inputs on which the model computes something",
+            )
+        return cls(tuple(cases))
 
     def drift(self, program: Program) -> float:
         """Returns the largest relative drift of another program's outputs."""
-        outputs = program.run(self.inputs)
-        drifts = (relative_drift(self.outputs[name], outputs[name]) for name in self.outputs)
-        return max(drifts, default=0.0)
+        drifts = [0.0]
+        for inputs, expected in self.cases:
+            found = program.run(inputs)
+            drifts += [relative_drift(expected[name], found[name]) for name in expected]
+        return max(drifts)
 
 
 def _tells(output: torch.Tensor) -> bool:

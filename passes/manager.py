@@ -208,12 +208,18 @@ class PassManager:
                 return_freed_memory()
         if rewired:
             parts += [extract_stage(current, stage, ()) for stage in stages[last + 1 :]]
-        return self._assemble(program, current, parts if rewired else [], numbers)
+        ran = last + 1
+        return self._assemble(program, current, parts if rewired else [], numbers, ran)
 
     def _assemble(
-        self, program: Program, current: Program, parts: list[Program], numbers: list[int]
+        self,
+        program: Program,
+        current: Program,
+        parts: list[Program],
+        numbers: list[int],
+        ran: int,
     ) -> Program:
-        """Puts the result together: new weights, new facts, and new graphs where there are any."""
+        """Puts the result of so many stages together: weights, facts, and graphs that are new."""
         changed = current.weights.changed_since(program.weights)
         updates = {name: current.weights.source(name) for name in changed}
         known = {name: source for name, source in updates.items() if name in program.weights}
@@ -226,7 +232,7 @@ class PassManager:
         result = result.without_facts(stale)
         verify(result, after=steps[-1].name)
         if changed and not any(step.lossy for step in steps):
-            prove_equivalent(program, result, ", ".join(step.name for step in steps))
+            prove_equivalent(program, result, ", ".join(step.name for step in steps), ran)
         return result
 
     def _last_stage(self, program: Program, stages: list[Stage], numbers: list[int]) -> int:

@@ -137,3 +137,18 @@ def test_int8_values_are_held_against_int8_rivals(goals: Any) -> None:
     assert found["int8 values over ort dynamic int8, m=1, 50%"].value == pytest.approx(1.8)
     assert found["int8 values over ort int4 block 32, m=1, 50%"].value == pytest.approx(1.35)
     assert found["int8 values over ort int4 block 32, m=1, 50%"].met is True
+
+
+def test_scales_are_compared_with_none(tmp_path: Path) -> None:
+    methods = ("alone", "+ FoldScales", "+ InduceSparsity", "+ ShiftToBias")
+    size = ("--tiny", "--epochs", "1", "--patterns", "2:4", "--threads", "1")
+    printed, document = run("induction.py", tmp_path, *size, "--methods", *methods)
+    cells = {(row["pruner"], row["method"]): row for row in document["results"]}
+    assert len(cells) == 8
+    assert not any("note" in row for row in cells.values())
+    found = {key: row["negative_log_likelihood"]["random"] for key, row in cells.items()}
+    # Scales cancel out of Wanda's scores; magnitude after the right ones is Wanda.
+    assert found["prune-wanda", "+ FoldScales"] == pytest.approx(found["prune-wanda", "alone"])
+    assert found["prune-magnitude", "+ FoldScales"] != found["prune-magnitude", "alone"]
+    assert document["refresh"]["ratio"] > 1
+    assert "scores refreshed from a cached diagonal" in printed
