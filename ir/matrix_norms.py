@@ -43,7 +43,7 @@ class PowerIteration:
 
 
 def _unit(vector: torch.Tensor) -> torch.Tensor:
-    length = torch.linalg.vector_norm(vector)
+    length: torch.Tensor = torch.linalg.vector_norm(vector)
     return vector / length.clamp(min=1e-30)
 
 
