@@ -23,7 +23,7 @@ demo: $(STAMP) models
 	$(BIN)/python examples/demo.py
 
 test: lint models
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check
