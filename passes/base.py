@@ -64,6 +64,8 @@ class Pass(ABC):
         provides: Facts that are known after.
         invalidates: Facts that no longer hold after; they are dropped unless renewed.
         lossy: Whether it may change what the program computes. An exact pass is proven to be so.
+        slack: How many times the tolerance of an exact pass the outputs may move; more than 1 where
+            what it brings in is known to round more coarsely than a reordered sum.
     """
 
     name: ClassVar[str]
@@ -71,6 +73,7 @@ class Pass(ABC):
     provides: ClassVar[tuple[type[Fact], ...]] = ()
     invalidates: ClassVar[tuple[type[Fact], ...]] = ()
     lossy: ClassVar[bool] = False
+    slack: ClassVar[float] = 1.0
 
     @property
     def scope(self) -> Scope:
@@ -135,7 +138,7 @@ class Pass(ABC):
             drift = (
                 measure_drift(program, after)
                 if self.is_lossy(program)
-                else prove_equivalent(program, after, self.name)
+                else prove_equivalent(program, after, self.name, self.slack)
             )
         modified = computes_anew or not same_facts(program.facts, after.facts)
         return PassResult(after, modified, seconds, drift)
@@ -172,14 +175,14 @@ class Pass(ABC):
         verify(after, after=self.name)
 
 
-def prove_equivalent(before: Program, after: Program, name: str, parts: int = 1) -> float:
+def prove_equivalent(before: Program, after: Program, name: str, slack: float = 1.0) -> float:
     """Runs two programs on the example inputs and returns the drift of the outputs.
 
     Args:
         before: What the outputs are compared with.
         after: What may have moved.
         name: Of the pass, for the error.
-        parts: How many parts in a row were each allowed to move by the tolerance; it adds up.
+        slack: How many times the tolerance they may have moved.
 
     Raises:
         EquivalenceError: The outputs moved by more than the dtype's tolerance; both programs are
@@ -188,7 +191,7 @@ def prove_equivalent(before: Program, after: Program, name: str, parts: int = 1)
     old, new = before.run(before.example_inputs), after.run(before.example_inputs)
     drifts = {key: relative_drift(old[key], new[key]) for key in old}
     limit = max((TOLERANCES[t.dtype] for t in old.values() if t.dtype in TOLERANCES), default=0.0)
-    limit *= parts
+    limit *= slack
     drift = max(drifts.values(), default=0.0)
     if drift <= limit:
         return drift

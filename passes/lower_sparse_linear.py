@@ -89,6 +89,8 @@ class LowerSparseLinear(Pass):
     name = "lower-sparse-linear"
     requires = (SparseWeights,)
     provides = (Lowered,)
+    # With bfloat16 values and AMX, X is taken in two parts, 16 bits in all: 2^-16 for each linear.
+    slack = 10.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "m", tuple(self.m))
