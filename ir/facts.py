@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from zeroskip.ir.errors import RequirementError
 from zeroskip.ir.formats import Rounded, ValueFormat
 from zeroskip.ir.patterns import SparsityPattern
 from zeroskip.ir.weights import Masked, Source, unpack_bits
@@ -129,6 +130,35 @@ class Statistics(Fact):
     """Calibration statistics of the input of each linear; linears that share an edge share them."""
 
     edges: Mapping[str, EdgeStatistics] = field(default_factory=dict)
+
+    def of(self, linear: str) -> EdgeStatistics:
+        """Returns the statistics of one linear.
+
+        Raises:
+            RequirementError: There are none; names the linear.
+        """
+        if linear not in self.edges:
+            raise RequirementError(
+                "there are no calibration statistics for this linear",
+                where=linear,
+                next_step="give Observe the same include and exclude as the pruner",
+            )
+        return self.edges[linear]
+
+    def gram_of(self, linear: str) -> torch.Tensor:
+        """Returns the sum of x x^T of one linear, float32 [in, in]; not to be written into.
+
+        Raises:
+            RequirementError: It was not recorded; names the linear.
+        """
+        gram = self.of(linear).gram
+        if gram is None:
+            raise RequirementError(
+                "there is no Gram matrix of its inputs",
+                where=linear,
+                next_step="put Observe(gram=True) before it, for the same linears",
+            )
+        return gram
 
     def check(self, program: Program) -> str | None:
         from zeroskip.ir.linears import find_linears

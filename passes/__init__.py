@@ -18,12 +18,14 @@ from zeroskip.passes.manager import (
     PipelineResult,
 )
 from zeroskip.passes.observe import Observe
+from zeroskip.passes.pattern_pass import PatternPass
 from zeroskip.passes.prune_magnitude import PruneMagnitude
 from zeroskip.passes.prune_wanda import PruneWanda
 from zeroskip.passes.pruner import Pruner
 from zeroskip.passes.quantize_values import QuantizeValues
 from zeroskip.passes.shift_to_bias import ShiftToBias
 from zeroskip.passes.steer_scores import SteerScores
+from zeroskip.passes.updating_pruner import UpdatingPruner
 
 PASSES: dict[str, type[Pass]] = {
     cls.name: cls
@@ -64,6 +66,7 @@ __all__ = [
     "PassManager",
     "PassRecord",
     "PassResult",
+    "PatternPass",
     "PipelineResult",
     "PruneMagnitude",
     "PruneWanda",
@@ -71,4 +74,5 @@ __all__ = [
     "QuantizeValues",
     "ShiftToBias",
     "SteerScores",
+    "UpdatingPruner",
 ]

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from zeroskip.ir.errors import RequirementError
 from zeroskip.ir.facts import Statistics
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.patterns import NM, Unstructured, parse_pattern
@@ -51,12 +50,4 @@ class PruneWanda(Pruner):
         )
 
     def scores(self, program: Program, linear: Linear, weight: torch.Tensor) -> torch.Tensor:
-        edge = program.fact(Statistics).edges.get(linear.name)
-        if edge is None:
-            raise RequirementError(
-                "there are no calibration statistics for this linear",
-                where=linear.name,
-                pass_name=self.name,
-                next_step="give Observe the same include and exclude as the pruner",
-            )
-        return weight.abs() * edge.root_mean_square()
+        return weight.abs() * program.fact(Statistics).of(linear.name).root_mean_square()

@@ -1,53 +1,30 @@
-"""Pruner: what all pruning passes share. A pruner decides; it changes no number."""
+"""Pruner: what all passes share that choose masks. A pruner decides; it changes no number."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import final
 
 import torch
 
-from zeroskip.ir.errors import CompileError, PatternError
-from zeroskip.ir.facts import Mask, Masks, ScoreMultipliers
+from zeroskip.ir.errors import CompileError
+from zeroskip.ir.facts import Mask, Masks, ScoreMultipliers, Statistics
 from zeroskip.ir.linears import Linear
-from zeroskip.ir.patterns import SparsityPattern, Unstructured, parse_pattern
 from zeroskip.ir.program import Program
-from zeroskip.ir.selection import check_selection, select_linears
+from zeroskip.ir.selection import select_linears
 from zeroskip.ir.weights import pack_bits
-from zeroskip.passes.base import Pass, Scope
+from zeroskip.passes.pattern_pass import PatternPass, saw_too_little, warn_of_few_tokens
 
 
 @dataclass(frozen=True)
-class Pruner(Pass):
+class Pruner(PatternPass):
     """Chooses a mask for each linear from a score of its weights.
 
-    Args:
-        pattern: `2:4`, `4:8 pad`, `50%`, `0.5 matrix`, `block:16x16:0.5`.
-        include: Shell-style patterns of linears to prune. Empty: all but output heads, expert
-            routers and weights that something else reads too.
-        exclude: Patterns of linears to leave dense.
+    An expert that few calibration tokens reached is scored by magnitude, with a warning.
     """
 
-    pattern: str | SparsityPattern = "50%"
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-
     provides = (Masks,)
-    compares_globally: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        # One text for one pattern, so that equal passes compare and write equal.
-        object.__setattr__(self, "pattern", str(parse_pattern(self.pattern)))
-
-    @property
-    def scope(self) -> Scope:
-        return "block"
-
-    @property
-    def ignores_input_scales(self) -> bool:
-        """Whether folding scales into the weights leaves every decision as it is."""
-        return False
 
     @abstractmethod
     def scores(self, program: Program, linear: Linear, weight: torch.Tensor) -> torch.Tensor:
@@ -59,36 +36,13 @@ class Pruner(Pass):
             weight: Its weight as float32 [out, in].
         """
 
-    def check(self, program: Program) -> None:
-        """Refuses a pattern that does not fit one of the linears, before anything runs."""
-        check_selection(program, self.include, self.exclude)
-        pattern = parse_pattern(self.pattern)
-        is_global = isinstance(pattern, Unstructured) and pattern.comparison == "global"
-        if is_global and not self.compares_globally:
-            raise PatternError(
-                f"{self.name} scores each linear on a scale of its own; {pattern} compares them",
-                pass_name=self.name,
-                next_step='use "50%" (per row) or "50% matrix"',
-            )
-        for linear in select_linears(program, self.include, self.exclude):
-            reason = pattern.refusal(linear.shape)
-            if reason is not None:
-                raise PatternError(
-                    f"{pattern} does not fit: {reason}",
-                    where=linear.name,
-                    pass_name=self.name,
-                    next_step=f'leave it dense with exclude=("{linear.name}",)'
-                    + (f', or write "{pattern} pad"' if ":" in str(pattern)[:4] else ""),
-                )
-
-    def targets(self, program: Program) -> frozenset[str] | None:
-        return frozenset(n.name for n in select_linears(program, self.include, self.exclude))
-
     def run(self, program: Program) -> Program:
         """Scores every selected linear and projects the scores on the pattern."""
-        pattern = parse_pattern(self.pattern)
+        linears = select_linears(program, self.include, self.exclude)
+        warn_of_few_tokens([n.name for n in linears if self._is_unseen(program, n)], self.name)
         masks = {}
-        for linear in select_linears(program, self.include, self.exclude):
+        for linear in linears:
+            pattern = self.pattern_of(program, linear)
             keep = pattern.project(self.finite_scores(program, linear))
             masks[linear.name] = Mask(pack_bits(keep), linear.shape, pattern, self.name)
         known = program.facts.get(Masks, Masks())
@@ -102,15 +56,9 @@ class Pruner(Pass):
         Raises:
             CompileError: The weight, or a score, is NaN or infinite; names the linear.
         """
-        weight = linear.weight(program).float()
-        if not torch.isfinite(weight).all():
-            row, column = (int(i) for i in (~torch.isfinite(weight)).nonzero()[0])
-            raise CompileError(
-                f"the weight holds {float(weight[row, column])} at [{row}, {column}]",
-                where=linear.name,
-                pass_name=self.name,
-                next_step="repair the checkpoint; a model with NaN or inf cannot be pruned",
-            )
+        weight = self.finite_weight(program, linear)
+        if self._is_unseen(program, linear):
+            return weight.abs()
         scores = self.scores(program, linear, weight)
         known = program.facts.get(ScoreMultipliers)
         if isinstance(known, ScoreMultipliers) and linear.name in known.linears:
@@ -123,3 +71,9 @@ class Pruner(Pass):
                 next_step="look for extreme weights or activations in this linear",
             )
         return scores
+
+    def _is_unseen(self, program: Program, linear: Linear) -> bool:
+        if Statistics not in self.requires:
+            return False
+        edge = program.fact(Statistics).edges.get(linear.name)
+        return edge is not None and saw_too_little(linear, edge)

@@ -20,7 +20,7 @@ from zeroskip.ir.biases import (
     refusal_to_add,
     refusal_to_shift,
 )
-from zeroskip.ir.errors import CompileError, RequirementError
+from zeroskip.ir.errors import CompileError
 from zeroskip.ir.facts import Mask, Masks, SparseWeights, Statistics
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.program import Program
@@ -160,13 +160,7 @@ class ShiftToBias(Pass):
 
 def _shift(program: Program, linear: Linear, mask: Mask) -> torch.Tensor:
     """(W - W * M) E[x], float64 [out]."""
-    edge = program.fact(Statistics).edges.get(linear.name)
-    if edge is None:
-        raise RequirementError(
-            "there are no calibration statistics for this linear",
-            where=linear.name,
-            next_step="give Observe the same include and exclude as the pruner",
-        )
+    edge = program.fact(Statistics).of(linear.name)
     lost = linear.weight(program).masked_fill(mask.keep(), 0)
     return lost.double() @ edge.mean()
 

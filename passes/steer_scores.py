@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from zeroskip.ir.errors import CompileError, PatternError, RecipeError, RequirementError
+from zeroskip.ir.errors import CompileError, PatternError, RecipeError
 from zeroskip.ir.facts import EdgeStatistics, ScoreMultipliers, Statistics, Steering
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.observers import insert_observers, read_observers
@@ -141,14 +141,8 @@ class SteerScores(Pass):
         grams = self._held_out_statistics(plain, linears)
         found = {}
         for linear in linears:
-            edge = program.fact(Statistics).edges.get(linear.name)
-            if edge is None or edge.gram is None:
-                raise RequirementError(
-                    "there is no Gram matrix of its inputs",
-                    where=linear.name,
-                    pass_name=self.name,
-                    next_step="put Observe(gram=True) before it, for the same linears",
-                )
+            program.fact(Statistics).gram_of(linear.name)
+            edge = program.fact(Statistics).of(linear.name)
             found[linear.name] = self._steer(plain, linear, edge, grams.edges.get(linear.name))
         return program.with_fact(known.merge(ScoreMultipliers(found)))
 

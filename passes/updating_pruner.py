@@ -1,0 +1,91 @@
+"""UpdatingPruner: what all passes share that prune and change the weights that stay."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from zeroskip.ir.errors import CompileError
+from zeroskip.ir.facts import Mask, Masks, ScoreMultipliers, SparseWeights, Statistics
+from zeroskip.ir.linears import Linear
+from zeroskip.ir.patterns import SparsityPattern
+from zeroskip.ir.program import Program
+from zeroskip.ir.scaled_linear import stacked_weights
+from zeroskip.ir.selection import select_linears
+from zeroskip.ir.weights import pack_bits
+from zeroskip.passes.pattern_pass import PatternPass, saw_too_little, warn_of_few_tokens
+
+
+@dataclass(frozen=True)
+class UpdatingPruner(PatternPass):
+    """Chooses a mask for each linear and makes the kept weights take over from the pruned ones.
+
+    The weights that come out are zero outside their masks: `ApplyMasks` is not needed, and does
+    nothing after it. Statistics are dropped, as by `ApplyMasks`. A linear that the same pass pruned
+    to the same pattern already is left as it is. An expert that few calibration tokens reached is
+    pruned by magnitude, with a warning.
+    """
+
+    requires = (Statistics,)
+    provides = (Masks, SparseWeights)
+    invalidates = (Statistics, ScoreMultipliers)
+    lossy = True
+
+    @abstractmethod
+    def prune(
+        self, program: Program, linear: Linear, weight: torch.Tensor, pattern: SparsityPattern
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the new weight, float32 [out, in], and what is kept of it, boolean [out, in].
+
+        Args:
+            program: Gives the facts: `program.fact(Statistics).gram_of(linear.name)`.
+            linear: Which linear.
+            weight: Its weight as float32 [out, in], finite; not to be written into.
+            pattern: What to prune to.
+        """
+
+    def run(self, program: Program) -> Program:
+        """Prunes every selected linear."""
+        statistics = program.fact(Statistics)
+        known = program.facts.get(SparseWeights, SparseWeights())
+        assert isinstance(known, SparseWeights)
+        masks: dict[str, Mask] = {}
+        weights: list[tuple[Linear, torch.Tensor]] = []
+        unseen: list[str] = []
+        for linear in select_linears(program, self.include, self.exclude):
+            pattern = self.pattern_of(program, linear)
+            before = known.masks.get(linear.name)
+            if before is not None and (before.score, before.pattern) == (self.name, pattern):
+                masks[linear.name] = before
+                continue
+            weight = self.finite_weight(program, linear)
+            if saw_too_little(linear, statistics.of(linear.name)):
+                unseen.append(linear.name)
+                keep = pattern.project(weight.abs())
+                pruned = weight
+            else:
+                pruned, keep = self.prune(program, linear, weight, pattern)
+            # Not a product: 0 * inf is NaN and -1 * 0 is -0.
+            pruned = pruned.masked_fill(~keep, 0)
+            self._check_finite(pruned, linear, program)
+            weights.append((linear, pruned))
+            masks[linear.name] = Mask(pack_bits(keep), linear.shape, pattern, self.name)
+        warn_of_few_tokens(unseen, self.name)
+        if weights:
+            program = program.with_weights(stacked_weights(program, weights))
+        chosen = program.facts.get(Masks, Masks())
+        assert isinstance(chosen, Masks)
+        return program.with_fact(chosen.merge(Masks(masks)), known.merge(SparseWeights(masks)))
+
+    def _check_finite(self, weight: torch.Tensor, linear: Linear, program: Program) -> None:
+        dtype = program.weights.source(linear.parameter).dtype
+        if not torch.isfinite(weight.to(dtype)).all():
+            raise CompileError(
+                f"the new weights are not finite in {dtype}",
+                where=linear.name,
+                pass_name=self.name,
+                next_step="look for extreme weights or activations in this linear; "
+                "more damping or more calibration data may help",
+            )
