@@ -1,7 +1,8 @@
-"""Draws the results of `cpu_model.py`."""
+"""Draws the results of `cpu_model.py` and of `methods.py`."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,5 +50,52 @@ def plot_models(rows: Sequence[Row], path: Path) -> bool:
         axes.grid(alpha=0.3, which="both")
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
+    figure.savefig(path, dpi=110)
+    return True
+
+
+def plot_perplexities(rows: Sequence[Row], path: Path) -> bool:
+    """Writes a picture of perplexity against density, a panel for each text.
+
+    Args:
+        rows: Cells of `methods.py`; those with a note instead of results are left out.
+        path: The PNG.
+
+    Returns:
+        False where matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    cells = [row for row in rows if "note" not in row]
+    texts = list(cells[0]["negative_log_likelihood"])
+    methods = list(dict.fromkeys(row["method"] for row in cells if row["method"] != "dense"))
+    figure = Figure(figsize=(6.5 * len(texts), 5.5), layout="constrained")
+    for axes, text in zip(figure.subplots(1, len(texts), squeeze=False).flat, texts, strict=True):
+        for index, method in enumerate(methods):
+            found = [row for row in cells if row["method"] == method]
+            for is_grouped, marker in ((False, "o-"), (True, "x")):
+                chosen = [row for row in found if (":" in row["pattern"]) == is_grouped]
+                points = sorted(
+                    (row["density"], math.exp(row["negative_log_likelihood"][text]))
+                    for row in chosen
+                )
+                label = method if not is_grouped else None
+                if points:
+                    axes.plot(
+                        *zip(*points, strict=True), marker, color=f"C{index % 10}", label=label
+                    )
+        for row in cells:
+            if row["method"] == "dense":
+                level = math.exp(row["negative_log_likelihood"][text])
+                axes.axhline(level, color="black", linestyle=":", label="dense")
+        axes.set_title(text)
+        axes.set_xlabel("share of weights kept (crosses: N:M)")
+        axes.set_ylabel("perplexity")
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3, which="both")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=9)
     figure.savefig(path, dpi=110)
     return True

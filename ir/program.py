@@ -41,6 +41,8 @@ class Program:
         dense_outputs: For each calibration batch of a stage, what the stage gave for it before
             anything was pruned, on inputs that came out of unpruned stages; the calibration batches
             themselves come out of the pruned ones. Empty unless a pass asks for them.
+        dense_inputs: For each calibration batch of a stage, what entered it then; with `dense_outputs`.
+        dense: What the program was before the first lossy pass changed it; None while none has.
         padding_masks: Placeholders that hold 1 for a token and 0 for padding.
         model: The module that the Program was captured from; None for a stage.
     """
@@ -53,6 +55,8 @@ class Program:
     facts: Mapping[type[Fact], Fact] = field(default_factory=dict)
     calibration: Sequence[Batch] = ()
     dense_outputs: Sequence[Batch] = ()
+    dense_inputs: Sequence[Batch] = ()
+    dense: Program | None = None
     padding_masks: tuple[str, ...] = ()
     model: torch.nn.Module | None = None
 

@@ -2,6 +2,7 @@
 
 from zeroskip.passes.apply_masks import ApplyMasks
 from zeroskip.passes.base import Pass, PassResult
+from zeroskip.passes.distill_outputs import DistillOutputs
 from zeroskip.passes.eliminate_dead_code import EliminateDeadCode
 from zeroskip.passes.export_onnx import ExportOnnx
 from zeroskip.passes.find_scale_groups import FindScaleGroups
@@ -23,8 +24,10 @@ from zeroskip.passes.prune_magnitude import PruneMagnitude
 from zeroskip.passes.prune_wanda import PruneWanda
 from zeroskip.passes.pruner import Pruner
 from zeroskip.passes.quantize_values import QuantizeValues
+from zeroskip.passes.reconstruct_blocks import ReconstructBlocks
 from zeroskip.passes.shift_to_bias import ShiftToBias
 from zeroskip.passes.steer_scores import SteerScores
+from zeroskip.passes.trainer import Trainer
 from zeroskip.passes.updating_pruner import UpdatingPruner
 
 PASSES: dict[str, type[Pass]] = {
@@ -39,6 +42,8 @@ PASSES: dict[str, type[Pass]] = {
         PruneWanda,
         ShiftToBias,
         ApplyMasks,
+        ReconstructBlocks,
+        DistillOutputs,
         QuantizeValues,
         LowerMasked,
         LowerSparseLinear,
@@ -51,6 +56,7 @@ PASSES: dict[str, type[Pass]] = {
 __all__ = [
     "PASSES",
     "ApplyMasks",
+    "DistillOutputs",
     "DumpPrograms",
     "EliminateDeadCode",
     "ExportOnnx",
@@ -72,7 +78,9 @@ __all__ = [
     "PruneWanda",
     "Pruner",
     "QuantizeValues",
+    "ReconstructBlocks",
     "ShiftToBias",
     "SteerScores",
+    "Trainer",
     "UpdatingPruner",
 ]

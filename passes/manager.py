@@ -20,7 +20,7 @@ from zeroskip.ir.program import Program
 from zeroskip.ir.stages import Restricted, extract_stage, merge_facts, stitch_stages
 from zeroskip.ir.streams import Stream, parse_bytes
 from zeroskip.ir.verify import verify
-from zeroskip.passes.base import Pass, PassResult, graph_text, prove_equivalent
+from zeroskip.passes.base import Pass, PassResult, bare, graph_text, prove_equivalent
 
 
 class Instrument:
@@ -183,6 +183,7 @@ class PassManager:
         batches = program.calibration or [program.example_inputs]
         asked = any(self.passes[number].uses_dense_outputs for number in numbers)
         two = asked and bool(program.calibration)
+        unpruned = _unpruned(program)
         budget = parse_bytes(self.memory) // (2 if two else 1)
         with Stream(batches, budget) as stream, Stream(batches if two else (), budget) as dense:
             for k, stage in enumerate(stages[: last + 1]):
@@ -190,15 +191,21 @@ class PassManager:
                 if not program.calibration:
                     part = dataclasses.replace(part, calibration=())
                 if two:
-                    _propagate(extract_stage(program, stage, dense), dense)
-                    part = dataclasses.replace(part, dense_outputs=Restricted(dense, part.outputs))
+                    _propagate(extract_stage(unpruned, stage, dense), dense)
+                    part = dataclasses.replace(
+                        part,
+                        dense_outputs=Restricted(dense, part.outputs),
+                        dense_inputs=Restricted(dense, part.inputs),
+                    )
                 before = part
                 for number in numbers:
                     part = self._run(part, number, records, stage.name)
                 rewired |= graph_text(part) != graph_text(before)
                 # Only the graph is stitched in: the activations of a finished stage may go.
-                finished = dataclasses.replace(part, example_inputs={}, calibration=())
-                parts.append(dataclasses.replace(finished, dense_outputs=()))
+                nothing = {"example_inputs": {}, "calibration": (), "dense": None}
+                parts.append(
+                    dataclasses.replace(part, **nothing, dense_outputs=(), dense_inputs=())
+                )
                 current = _commit(current, before, part)
                 if k < last:
                     _propagate(part, stream)
@@ -231,6 +238,8 @@ class PassManager:
             stale = (stale | set(step.invalidates)) - set(step.provides)
         result = result.without_facts(stale)
         verify(result, after=steps[-1].name)
+        if changed and any(step.is_lossy(program) for step in steps):
+            result = dataclasses.replace(result, dense=program.dense or bare(program))
         if changed and not any(step.lossy for step in steps):
             # Each stage was allowed to move by the tolerance, and that adds up.
             slack = ran * max(step.slack for step in steps)
@@ -253,6 +262,14 @@ class PassManager:
         }
         touched = [k for k, stage in enumerate(stages) if not used.isdisjoint(stage.nodes)]
         return max(touched, default=0)
+
+
+def _unpruned(program: Program) -> Program:
+    """The program with the weights that it had before any lossy pass, where its graph still is that one."""
+    dense = program.dense
+    if dense is None or graph_text(dense) != graph_text(program):
+        return program
+    return dataclasses.replace(program, weights=dense.weights)
 
 
 def _commit(current: Program, before: Program, part: Program) -> Program:

@@ -23,6 +23,7 @@ from zeroskip.ir.verify import verify
 from zeroskip.passes import (
     PASSES,
     ApplyMasks,
+    DistillOutputs,
     EliminateDeadCode,
     ExportOnnx,
     FindScaleGroups,
@@ -37,6 +38,7 @@ from zeroskip.passes import (
     PruneMagnitude,
     PruneWanda,
     QuantizeValues,
+    ReconstructBlocks,
     ShiftToBias,
     SteerScores,
 )
@@ -113,6 +115,16 @@ CASES: dict[str, Case] = {
         lambda _: PruneWanda(), PruneWanda("block:4x8:0.25", **NAMES), before=(Observe(),)
     ),
     "apply-masks": Case(lambda _: ApplyMasks(), ApplyMasks(), before=(PruneMagnitude("2:4"),)),
+    "reconstruct-blocks": Case(
+        lambda _: ReconstructBlocks(epochs=1),
+        ReconstructBlocks(3, 0.5, 2, False, 0.3, 7, 9, **NAMES, loss="stage", inputs="both"),
+        before=(PruneMagnitude("2:4"), ApplyMasks()),
+    ),
+    "distill-outputs": Case(
+        lambda _: DistillOutputs(epochs=1),
+        DistillOutputs(3, 0.5, 2, False, 0.3, 7, 9, **NAMES),
+        before=(PruneMagnitude("2:4"), ApplyMasks()),
+    ),
     "lower-masked": Case(
         lambda _: LowerMasked(),
         LowerMasked(),

@@ -111,7 +111,7 @@ def compile_sparse(
     program = dataclasses.replace(program, calibration=batches)
     watchers = [*instruments, *([ProgressBar()] if progress else [])]
     result = PassManager(tuple(passes), memory, tuple(watchers))(program)
-    compiled = dataclasses.replace(result.program, calibration=())
+    compiled = dataclasses.replace(result.program, calibration=(), dense=None)
     drift = measure_drift(program, compiled)
     report = make_report(compiled, result, drift)
     live = model if isinstance(model, torch.nn.Module) else None

@@ -16,6 +16,7 @@ checked against the types of those fields, strictly (`"3"` is not a number, `1` 
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from zeroskip.ir.errors import CompileError, RecipeError
+from zeroskip.ir.patterns import parse_pattern
 from zeroskip.passes import PASSES
 from zeroskip.recipe_options import (
     AS_A_LIST,
@@ -56,6 +58,51 @@ class Recipe:
     passes: tuple[Pass, ...]
     calibration: CalibrationOptions = CalibrationOptions()
     memory: str = "4GiB"
+
+
+# {pattern} is what to prune to. Read them with `preset`, or copy one and change it.
+PRESETS = {
+    # One pass over the calibration data; no weight changes but to zero.
+    "fast": """
+        passes:
+          - observe
+          - prune-wanda: {pattern: "{pattern}"}
+          - apply-masks
+        calibration: {samples: 32, sequence_length: 512}
+    """,
+    # The kept weights make up for the pruned ones, linear by linear, then layer by layer.
+    "balanced": """
+        passes:
+          - observe: {gram: true}
+          - prune-sparsegpt: {pattern: "{pattern}"}
+          - reconstruct-blocks: {epochs: 4}
+        calibration: {samples: 64, sequence_length: 512}
+    """,
+    # Then all of them together, against the outputs of the dense model.
+    "best": """
+        passes:
+          - observe: {gram: true}
+          - prune-sparsegpt: {pattern: "{pattern}"}
+          - reconstruct-blocks: {epochs: 4}
+          - distill-outputs: {epochs: 2}
+        calibration: {samples: 128, sequence_length: 1024}
+    """,
+}
+
+
+def preset(name: str, pattern: str = "50%") -> Recipe:
+    """Returns a recipe by name: `fast`, `balanced` or `best`.
+
+    Args:
+        name: A key of `PRESETS`.
+        pattern: What to prune to, such as `2:4` or `50%`.
+
+    Raises:
+        RecipeError: There is no such preset, or the text is not a pattern.
+    """
+    check_known(name, PRESETS, "preset", "presets")
+    text = textwrap.dedent(PRESETS[name]).replace("{pattern}", str(parse_pattern(pattern)))
+    return loads_recipe(text, where=f"preset {name}")
 
 
 def load_recipe(path: str | Path) -> Recipe:
