@@ -152,3 +152,19 @@ def test_scales_are_compared_with_none(tmp_path: Path) -> None:
     assert found["prune-magnitude", "+ FoldScales"] != found["prune-magnitude", "alone"]
     assert document["refresh"]["ratio"] > 1
     assert "scores refreshed from a cached diagonal" in printed
+
+
+def test_methods_are_compared_and_a_run_goes_on(tmp_path: Path) -> None:
+    size = ("--tiny", "--threads", "1", "--patterns", "50%", "2:4", "--methods")
+    printed, first = run("methods.py", tmp_path, *size, "dense", "wanda")
+    cells = {(row["method"], row["pattern"]): row for row in first["results"]}
+    assert set(cells) == {("dense", ""), ("wanda", "50%"), ("wanda", "2:4")}
+    assert all(row["negative_log_likelihood"]["random"] > 0 for row in cells.values())
+    assert all(row["peak_mib"] >= row["loaded_mib"] > 0 for row in cells.values())
+    assert "perplexity on random, dense" in printed
+    picture = ("--plot", str(tmp_path / "plot.png"))
+    _printed, second = run("methods.py", tmp_path, *size, "wanda", "ria permuted", *picture)
+    notes = {(r["method"], r["pattern"]): r.get("note") for r in second["results"]}
+    assert "N:M" in notes["ria permuted", "50%"] or "no pass" in notes["ria permuted", "50%"]
+    # What was measured is not measured again, to the second.
+    assert second["results"][: len(first["results"])] == first["results"]

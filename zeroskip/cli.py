@@ -55,10 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 @app.command("compile", epilog=EXIT_CODES)
 def compile_command(
     model: Annotated[Path, typer.Argument(help="A Hugging Face directory or a GGUF file.")],
-    recipe: Annotated[Path, typer.Option("--recipe", "-r", help="The passes: YAML or JSON.")],
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="A YAML or JSON file, or fast, balanced, best.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="A folder that is not there yet.")],
     calibration: Annotated[
         Path | None, typer.Option("--calibration", "-c", help="Text to calibrate on: UTF-8.")
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="What fast, balanced or best prune to: 50%, 2:4 ...")
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Windows of text.")] = None,
     sequence_length: Annotated[int | None, typer.Option(min=1, help="Tokens in each.")] = None,
@@ -82,11 +87,11 @@ def compile_command(
             from zeroskip.ir.folders import new_folder
             from zeroskip.models import load_tokenizer
             from zeroskip.progress import without_loading_bars
-            from zeroskip.recipe import dump_recipe, load_recipe
+            from zeroskip.recipe import dump_recipe, find_recipe
             from zeroskip.relocation import relocated, under
 
             stack.enter_context(without_loading_bars(quiet or as_json))
-            plan = _overridden(load_recipe(recipe), samples, sequence_length, seed, memory)
+            plan = _overridden(find_recipe(recipe, pattern), samples, sequence_length, seed, memory)
             tokenizer = load_tokenizer(model)
             batches = _calibration(calibration, tokenizer, plan) if calibration else None
             source = _source(model)

@@ -105,6 +105,27 @@ def preset(name: str, pattern: str = "50%") -> Recipe:
     return loads_recipe(text, where=f"preset {name}")
 
 
+def find_recipe(name: str, pattern: str | None = None) -> Recipe:
+    """Returns the recipe of a file, or a preset by its name.
+
+    Args:
+        name: A path, or a key of `PRESETS`; a file of that name comes first.
+        pattern: For a preset only.
+
+    Raises:
+        RecipeError: There is neither, or a pattern was given for a file.
+    """
+    if name in PRESETS and not Path(name).exists():
+        return preset(name, pattern or "50%")
+    if pattern is not None:
+        raise RecipeError(
+            "a recipe file has its pattern inside.",
+            where=name,
+            next_step=f"write it there, or name a preset: {', '.join(PRESETS)}",
+        )
+    return load_recipe(name)
+
+
 def load_recipe(path: str | Path) -> Recipe:
     """Reads a recipe file: JSON when it ends in `.json`, YAML otherwise.
 
