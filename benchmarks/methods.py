@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
 DATA = ROOT / "examples" / "data"
+TEXT = Path(__file__).parent / "data" / "calibration.txt"
 PATTERNS = ("50%", "60%", "70%", "2:4", "4:8")
 P = "{pattern}"
 # What each method is, as the passes of a recipe. Presets are known by their names.
@@ -94,7 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--patterns", nargs="+", default=list(PATTERNS))
     parser.add_argument("--samples", type=int, default=32, help="windows of calibration text")
     parser.add_argument("--sequence-length", type=int, default=512, help="tokens in each of them")
-    parser.add_argument("--calibration", type=Path, default=DATA / "calibration.txt")
+    parser.add_argument("--calibration", type=Path, default=TEXT)
     parser.add_argument(
         "--evaluate",
         nargs="+",
