@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
+import numpy as np
 import torch
 
 from zeroskip.ir.errors import PatternError
@@ -241,9 +242,6 @@ def pruned_count(sparsity: float, n: int) -> int:
 def keep_largest(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
     """Keeps all but the floor(sparsity * n) least scores of each row, ties by position.
 
-    Equal to a stable ascending sort that prunes its first entries, and several times faster: the
-    k-th value is selected, and only entries equal to it are counted in order.
-
     Args:
         scores: [rows, n], finite.
         sparsity: Share to prune, in [0, 1).
@@ -251,15 +249,46 @@ def keep_largest(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
     Returns:
         Boolean [rows, n].
     """
-    count = pruned_count(sparsity, scores.shape[1])
-    if count == 0 or scores.numel() == 0:
-        return torch.ones_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(count, dim=1, keepdim=True).values
+    return ~least_of_rows(scores, pruned_count(sparsity, scores.shape[1]))
+
+
+def least_of_rows(scores: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
+    """Marks the least scores of each row, ties by position.
+
+    Equal to a stable ascending sort whose first entries are marked, and many times faster: the
+    count-th value is selected, and only entries equal to it are counted in order.
+
+    Args:
+        scores: [rows, n], without NaN.
+        count: How many in every row, or int64 [rows, 1]; at most n.
+
+    Returns:
+        Boolean [rows, n].
+    """
+    if isinstance(count, int) and (count == 0 or scores.numel() == 0):
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = _values_at(scores, count)
+    marked = scores <= threshold
+    if isinstance(count, torch.Tensor):
+        marked &= count > 0
+    if bool((marked.sum(1, keepdim=True) == count).all()):
+        return marked
     below = scores < threshold
-    equal = scores == threshold
+    equal = marked & ~below
     spare = count - below.sum(1, keepdim=True)
-    pruned = below | (equal & (equal.cumsum(1, dtype=torch.int32) <= spare))
-    return ~pruned
+    return below | (equal & (equal.cumsum(1, dtype=torch.int32) <= spare))
+
+
+def _values_at(scores: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
+    """Returns the count-th least value of each row, [rows, 1]."""
+    if isinstance(count, torch.Tensor):
+        # NumPy sorts and selects with vector instructions, which torch does not.
+        ordered = torch.from_numpy(np.sort(scores.numpy(), axis=1))
+        return ordered.gather(1, (count - 1).clamp_min(0))
+    if scores.device.type != "cpu" or scores.dtype not in (torch.float32, torch.float64):
+        return scores.kthvalue(count, dim=1, keepdim=True).values
+    ordered = np.partition(scores.numpy(), count - 1, axis=1)
+    return torch.from_numpy(ordered[:, count - 1 : count].copy())
 
 
 def _keep_in_groups(groups: torch.Tensor, n: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ from zeroskip.passes.manager import (
 from zeroskip.passes.observe import Observe
 from zeroskip.passes.pattern_pass import PatternPass
 from zeroskip.passes.prune_magnitude import PruneMagnitude
+from zeroskip.passes.prune_sparsegpt import PruneSparseGPT
 from zeroskip.passes.prune_wanda import PruneWanda
 from zeroskip.passes.pruner import Pruner
 from zeroskip.passes.quantize_values import QuantizeValues
@@ -39,6 +40,7 @@ PASSES: dict[str, type[Pass]] = {
         InduceSparsity,
         SteerScores,
         PruneMagnitude,
+        PruneSparseGPT,
         PruneWanda,
         ShiftToBias,
         ApplyMasks,
@@ -75,6 +77,7 @@ __all__ = [
     "PatternPass",
     "PipelineResult",
     "PruneMagnitude",
+    "PruneSparseGPT",
     "PruneWanda",
     "Pruner",
     "QuantizeValues",

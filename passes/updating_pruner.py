@@ -46,6 +46,18 @@ class UpdatingPruner(PatternPass):
             pattern: What to prune to.
         """
 
+    def is_done(
+        self, program: Program, linear: Linear, pattern: SparsityPattern, before: Mask
+    ) -> bool:
+        """Whether a linear that was pruned under a mask before is left as it is."""
+        return (before.score, before.pattern) == (self.name, pattern)
+
+    def keep_unseen(
+        self, program: Program, linear: Linear, weight: torch.Tensor, pattern: SparsityPattern
+    ) -> torch.Tensor:
+        """Returns what is kept of a linear of which calibration says next to nothing."""
+        return pattern.project(weight.abs())
+
     def run(self, program: Program) -> Program:
         """Prunes every selected linear."""
         statistics = program.fact(Statistics)
@@ -57,14 +69,13 @@ class UpdatingPruner(PatternPass):
         for linear in select_linears(program, self.include, self.exclude):
             pattern = self.pattern_of(program, linear)
             before = known.masks.get(linear.name)
-            if before is not None and (before.score, before.pattern) == (self.name, pattern):
+            if before is not None and self.is_done(program, linear, pattern, before):
                 masks[linear.name] = before
                 continue
             weight = self.finite_weight(program, linear)
             if saw_too_little(linear, statistics.of(linear.name)):
                 unseen.append(linear.name)
-                keep = pattern.project(weight.abs())
-                pruned = weight
+                pruned, keep = weight, self.keep_unseen(program, linear, weight, pattern)
             else:
                 pruned, keep = self.prune(program, linear, weight, pattern)
             # Not a product: 0 * inf is NaN and -1 * 0 is -0.
