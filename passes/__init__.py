@@ -2,6 +2,7 @@
 
 from zeroskip.passes.apply_masks import ApplyMasks
 from zeroskip.passes.base import Pass, PassResult
+from zeroskip.passes.compensate_energy import CompensateEnergy
 from zeroskip.passes.distill_outputs import DistillOutputs
 from zeroskip.passes.eliminate_dead_code import EliminateDeadCode
 from zeroskip.passes.export_onnx import ExportOnnx
@@ -20,9 +21,11 @@ from zeroskip.passes.manager import (
 )
 from zeroskip.passes.observe import Observe
 from zeroskip.passes.pattern_pass import PatternPass
+from zeroskip.passes.prune_cvr import PruneCVR
 from zeroskip.passes.prune_magnitude import PruneMagnitude
 from zeroskip.passes.prune_sparsegpt import PruneSparseGPT
 from zeroskip.passes.prune_wanda import PruneWanda
+from zeroskip.passes.prune_z import PruneZ
 from zeroskip.passes.pruner import Pruner
 from zeroskip.passes.quantize_values import QuantizeValues
 from zeroskip.passes.reconstruct_blocks import ReconstructBlocks
@@ -42,7 +45,10 @@ PASSES: dict[str, type[Pass]] = {
         PruneMagnitude,
         PruneSparseGPT,
         PruneWanda,
+        PruneZ,
+        PruneCVR,
         ShiftToBias,
+        CompensateEnergy,
         ApplyMasks,
         ReconstructBlocks,
         DistillOutputs,
@@ -58,6 +64,7 @@ PASSES: dict[str, type[Pass]] = {
 __all__ = [
     "PASSES",
     "ApplyMasks",
+    "CompensateEnergy",
     "DistillOutputs",
     "DumpPrograms",
     "EliminateDeadCode",
@@ -76,9 +83,11 @@ __all__ = [
     "PassResult",
     "PatternPass",
     "PipelineResult",
+    "PruneCVR",
     "PruneMagnitude",
     "PruneSparseGPT",
     "PruneWanda",
+    "PruneZ",
     "Pruner",
     "QuantizeValues",
     "ReconstructBlocks",

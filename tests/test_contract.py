@@ -23,6 +23,7 @@ from zeroskip.ir.verify import verify
 from zeroskip.passes import (
     PASSES,
     ApplyMasks,
+    CompensateEnergy,
     DistillOutputs,
     EliminateDeadCode,
     ExportOnnx,
@@ -35,8 +36,10 @@ from zeroskip.passes import (
     Observe,
     Pass,
     PassManager,
+    PruneCVR,
     PruneMagnitude,
     PruneWanda,
+    PruneZ,
     QuantizeValues,
     ReconstructBlocks,
     ShiftToBias,
@@ -113,6 +116,21 @@ CASES: dict[str, Case] = {
     "prune-magnitude": Case(lambda _: PruneMagnitude(), PruneMagnitude("4:8 pad", **NAMES)),
     "prune-wanda": Case(
         lambda _: PruneWanda(), PruneWanda("block:4x8:0.25", **NAMES), before=(Observe(),)
+    ),
+    "prune-z": Case(
+        lambda _: PruneZ(),
+        PruneZ("0.5 matrix", **NAMES, base=0.6, adaptation=0.2, exponent=1.0, small=0.2),
+        before=(Observe(),),
+    ),
+    "prune-cvr": Case(
+        lambda _: PruneCVR(),
+        PruneCVR("block:4x8:0.25", **NAMES, alpha=0.5, epsilon=1e-4),
+        before=(Observe(),),
+    ),
+    "compensate-energy": Case(
+        lambda _: CompensateEnergy(),
+        CompensateEnergy("row", (0.25, 4.0), guard=False, held_out=2),
+        before=(PruneMagnitude("2:4"),),
     ),
     "apply-masks": Case(lambda _: ApplyMasks(), ApplyMasks(), before=(PruneMagnitude("2:4"),)),
     "reconstruct-blocks": Case(
@@ -317,7 +335,8 @@ def test_names_and_docstring(name: str) -> None:
     words = name.split("-")
     assert cls.name == name
     assert cls.__module__ == f"zeroskip.passes.{'_'.join(words)}"
-    assert cls.__name__ == "".join(word.capitalize() for word in words)
+    # Acronyms keep their spelling: PruneCVR.
+    assert cls.__name__.lower() == "".join(words)
     text = cls.__doc__ or ""
     same = "Before and after are the same program" in text
     assert same or re.search(r"Before::\n.*After::\n", text, re.DOTALL)
