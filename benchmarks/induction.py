@@ -4,8 +4,8 @@ Perplexity of a pruned model, for each pruner and pattern: alone, after scales f
 Sparsity Induction as published, after ours, and with biases that make up for what is lost. Also how
 much faster scores are refreshed from a cached diagonal than from a new calibration pass.
 
-    python benchmarks/induction.py [MODEL] [--patterns 50% 2:4] [--pruners prune-magnitude prune-wanda]
-        [--methods NAME ...] [--evaluate NAME=FILE ...] [--samples 8] [--sequence-length 256]
+    python benchmarks/induction.py [MODEL] [--patterns 50% 2:4] [--pruners prune-magnitude prune-wanda
+        prune-ria prune-sparsegpt] [--methods NAME ...] [--evaluate NAME=FILE ...] [--samples 8] [--sequence-length 256]
         [--json FILE] [--tiny]
 
 A pass that this version does not have is left out, and said so. Results are written after every
@@ -41,13 +41,13 @@ from zeroskip.ir.program import Batch, Program
 from zeroskip.ir.score_refresh import refreshed_scores
 from zeroskip.ir.selection import select_linears
 from zeroskip.models import load_model
-from zeroskip.passes import PASSES, Pass, PassManager, Pruner
+from zeroskip.passes import PASSES, Pass, PassManager, PatternPass, UpdatingPruner
 from zeroskip.runtime.machine import cpu_name
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
 DATA = ROOT / "examples" / "data"
-PRUNERS = ("prune-magnitude", "prune-wanda")
+PRUNERS = ("prune-magnitude", "prune-wanda", "prune-ria", "prune-sparsegpt")
 # What comes before the pruner, and what between it and apply-masks.
 METHODS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "alone": ((), ()),
@@ -57,6 +57,8 @@ METHODS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "+ ShiftToBias": ((), ("shift-to-bias",)),
     "+ InduceSparsity + ShiftToBias": (("induce-sparsity",), ("shift-to-bias",)),
 }
+# What has a guard: with a pruner that is better than magnitude, it must make nothing worse.
+GUARDED = ("+ InduceSparsity", "+ ShiftToBias", "+ InduceSparsity + ShiftToBias")
 SCORES = {"prune-magnitude": "magnitude", "prune-wanda": "wanda"}
 Row = dict[str, Any]
 
@@ -66,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure what inducing sparsity is worth.")
     parser.add_argument("model", type=Path, nargs="?", default=MODEL)
     parser.add_argument("--patterns", nargs="+", default=["50%", "2:4"])
-    parser.add_argument("--pruners", nargs="+", choices=PRUNERS, default=list(PRUNERS))
+    parser.add_argument("--pruners", nargs="+", choices=PRUNERS, default=list(PRUNERS[:2]))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument(
         "--evaluate",
@@ -200,20 +202,22 @@ def measure(
     """Prunes once; returns the perplexities, or a note on why there are none."""
     row: Row = {"pruner": pruner, "pattern": pattern, "method": method}
     before, after = METHODS[method]
-    missing = [name for name in (*before, *after) if name.split()[0] not in PASSES]
-    if missing:
-        return {**row, "note": f"there is no pass {missing[0].split()[0]}"}
+    reason = why_left_out(pruner, method)
+    if reason is not None:
+        return {**row, "note": reason}
     kind = PASSES[pruner]
-    assert issubclass(kind, Pruner)
+    assert issubclass(kind, PatternPass)
+    observe: Any = PASSES["observe"]
+    gram = issubclass(kind, UpdatingPruner)
     steps = [
-        PASSES["observe"](),
+        observe(gram=gram),
         *(make(name, pruner, pattern, arguments.epochs) for name in before),
         kind(pattern),
         *(make(name, pruner, pattern, arguments.epochs) for name in after),
         PASSES["apply-masks"](),
     ]
     if "literal" in method:  # Its shifts leave no statistics of what they moved.
-        steps.insert(2, PASSES["observe"]())
+        steps.insert(2, observe(gram=gram))
     started = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # That folding does nothing for Wanda is what we show.
@@ -233,6 +237,19 @@ def measure(
     return row
 
 
+def why_left_out(pruner: str, method: str) -> str | None:
+    """Returns why a pruner and a method do not go together, or None when they do."""
+    before, after = METHODS[method]
+    for name in (pruner, *before, *after):
+        if name.split()[0] not in PASSES:
+            return f"there is no pass {name.split()[0]}"
+    if "shift-to-bias" in after and issubclass(PASSES[pruner], UpdatingPruner):
+        return "it changes the weights itself: what a mask takes away is gone before shift-to-bias"
+    if "induce-sparsity" in before and pruner not in SCORES:
+        return f"scales are learned for the scores of {' and '.join(SCORES.values())} only"
+    return None
+
+
 def make(name: str, pruner: str, pattern: str, epochs: int) -> Pass:
     """A pass of a method, with the options that fit the pruner and the pattern."""
     kind: Any = PASSES[name.split()[0]]
@@ -240,7 +257,9 @@ def make(name: str, pruner: str, pattern: str, epochs: int) -> Pass:
         literal = "literal" in name
         # The paper has no guard.
         options = {"literal": literal, "guard": not literal, "epochs": epochs}
-        return kind(pattern=pattern, score=SCORES[pruner], **options)  # type: ignore[no-any-return]
+        # As published, scales follow norms and no score: any pruner may come next.
+        score = SCORES.get(pruner, "magnitude")
+        return kind(pattern=pattern, score=score, **options)  # type: ignore[no-any-return]
     return kind(add=True) if name == "shift-to-bias" else kind()  # type: ignore[no-any-return]
 
 
@@ -273,7 +292,8 @@ def goals(rows: Sequence[Row], dense: dict[str, float]) -> list[Row]:
     cells = {(r["pruner"], r["pattern"], r["method"]): r for r in rows if "note" not in r}
     for (pruner, pattern, method), row in cells.items():
         alone = cells.get((pruner, pattern, "alone"))
-        if method != "+ InduceSparsity" or alone is None:
+        promised = method in GUARDED if pruner != "prune-magnitude" else method == "+ InduceSparsity"
+        if alone is None or not promised:
             continue
         for text, floor in dense.items():
             without = alone["negative_log_likelihood"][text] - floor
@@ -281,7 +301,7 @@ def goals(rows: Sequence[Row], dense: dict[str, float]) -> list[Row]:
             limit = 0.5 if pruner == "prune-magnitude" else 1.0
             found.append(
                 {
-                    "name": f"{pruner} {pattern} on {text}: log-perplexity above dense, "
+                    "name": f"{pruner} {pattern} {method} on {text}: log-perplexity above dense, "
                     f"at most {limit:g} of {without:.3f}",
                     "value": f"{gap:.3f}",
                     "met": gap <= limit * without + 1e-4,

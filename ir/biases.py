@@ -43,7 +43,7 @@ class BiasShift:
 
     Args:
         mask: The mask that it makes up for.
-        shift: (W - W * mask) E[x], float64 [out].
+        shift: What it makes up for it by, float64 [out].
         biases: The parameters that it was added to, one for each module that uses the weight.
         added: Whether there was no bias before.
     """

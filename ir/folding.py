@@ -272,14 +272,14 @@ def divide_statistics(
         scales: By channel, float64.
     """
     edges = dict(statistics.edges)
-    done: dict[tuple[int, bytes], EdgeStatistics] = {}  # linears that share an edge go on sharing
+    done: dict[tuple[int, bytes, bytes], EdgeStatistics] = {}  # linears that share an edge go on sharing
     for consumer in consumers:
         edge = edges.get(consumer.linear)
         if edge is None:
             continue
-        key = (id(edge), consumer.channels.numpy().tobytes())
+        key = (id(edge), consumer.channels.numpy().tobytes(), consumer.exponents.numpy().tobytes())
         if key not in done:
-            done[key] = _divided(edge, spread(scales, consumer.channels))
+            done[key] = _divided(edge, spread(scales, consumer))
         edges[consumer.linear] = done[key]
     return Statistics(edges)
 
@@ -299,6 +299,8 @@ def _divided(edge: EdgeStatistics, factor: torch.Tensor) -> EdgeStatistics:
     )
 
 
-def spread(scales: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
-    """Returns the scale of each input of a consumer; 1 where the group has no part in it."""
-    return torch.where(channels >= 0, scales[channels.clamp(min=0)], torch.ones_like(scales[:1]))
+def spread(scales: torch.Tensor, consumer: Consumer) -> torch.Tensor:
+    """Returns what divides each input of a consumer; 1 where the group has no part in it."""
+    chosen = scales[consumer.channels.clamp(min=0)]
+    chosen = torch.where(consumer.exponents < 0, 1 / chosen, chosen)
+    return torch.where(consumer.exponents == 0, torch.ones_like(chosen), chosen)

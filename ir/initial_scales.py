@@ -45,7 +45,7 @@ def _average(group: ScaleGroup, values: Mapping[str, torch.Tensor]) -> torch.Ten
     counts = torch.zeros(group.size, dtype=torch.float64)
     for consumer in group.consumers:
         if consumer.linear in values:
-            inside = consumer.channels >= 0
+            inside = consumer.exponents > 0
             channels = consumer.channels[inside]
             total.index_add_(0, channels, values[consumer.linear][inside])
             counts.index_add_(0, channels, torch.ones_like(total[channels]))

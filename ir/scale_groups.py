@@ -86,10 +86,13 @@ class Consumer:
     Args:
         linear: Its name.
         channels: The channel of the group for each input, int64 [in]; -1 where none.
+        exponents: For each input +1 where its weights are multiplied by the scale, so that the input
+            shrinks; -1 the other way round, as in a head whose weight is an embedding too; else 0.
     """
 
     linear: str
     channels: torch.Tensor
+    exponents: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +116,8 @@ class ScaleGroup:
         name: The parameters at both ends.
         size: Number of channels, each of which may have a scale of its own.
         positive: Whether scales must be greater than zero, as behind a ReLU. Else any but zero.
-        members: What is to be multiplied. Inputs of linears have exponent +1, what produces them -1.
+        members: What is to be multiplied. Inputs of the first linear have exponent +1, what produces
+            them -1.
         consumers: The linears whose inputs are scaled, in the order of the program.
         linears: All linears that members are weights of.
         shifts: Biases that can absorb a shift of every channel, if each consumer's bias b becomes
@@ -318,9 +322,11 @@ def _consumers(members: list[Member], linears: list[Linear]) -> Iterator[Consume
         for member in members:
             if not _is_input(member, linear):
                 continue
-            channels = member.channels[linear.expert] if member.stacked else member.channels
+            channels, exponents = member.channels, member.exponents
+            if member.stacked:
+                channels, exponents = channels[linear.expert], exponents[linear.expert]
             if bool((channels >= 0).any()):
-                yield Consumer(linear.name, channels)
+                yield Consumer(linear.name, channels, exponents)
 
 
 def _shifts(flow: ShiftFlow, consumers: tuple[Consumer, ...], size: int) -> tuple[Shift, ...]:

@@ -16,10 +16,10 @@ Seen = list[tuple[Consumer, EdgeStatistics]]
 
 
 def seen_consumers(program: Program, group: ScaleGroup) -> Seen:
-    """Returns the consumers of a group that calibration data reached, and what it was."""
+    """Returns the consumers whose weights a group multiplies, and what calibration data gave them."""
     edges = program.fact(Statistics).edges
     found = [(c, edges[c.linear]) for c in group.consumers if c.linear in edges]
-    return [(consumer, edge) for consumer, edge in found if edge.count]
+    return [(c, edge) for c, edge in found if edge.count and bool((c.exponents > 0).any())]
 
 
 def activation_scales(group: ScaleGroup, seen: Seen) -> torch.Tensor | None:
@@ -32,7 +32,7 @@ def activation_scales(group: ScaleGroup, seen: Seen) -> torch.Tensor | None:
     squares = torch.zeros(group.size, dtype=torch.float64)
     counts = torch.zeros(group.size, dtype=torch.float64)
     for consumer, edge in seen:
-        inside = consumer.channels >= 0
+        inside = consumer.exponents > 0
         channels = consumer.channels[inside]
         squares.index_add_(0, channels, edge.total_of_squares[inside])
         counts.index_add_(0, channels, torch.full_like(squares[channels], edge.count))
@@ -51,7 +51,7 @@ def smoothquant_scales(
     inputs = torch.zeros(group.size, dtype=torch.float64)
     weights = torch.zeros(group.size, dtype=torch.float64)
     for consumer, edge in seen:
-        inside = consumer.channels >= 0
+        inside = consumer.exponents > 0
         channels = consumer.channels[inside]
         columns = linears[consumer.linear].weight(program).abs().amax(0).double()
         inputs.scatter_reduce_(0, channels, edge.abs_max.double()[inside], "amax")

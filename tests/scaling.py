@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from zeroskip.ir.program import Program
-from zeroskip.ir.scale_groups import Member, ScaleGroup
+from zeroskip.ir.scale_groups import ScaleGroup
 
 
 def random_scales(group: ScaleGroup, seed: int, powers_of_two: bool = False) -> torch.Tensor:
@@ -24,22 +25,35 @@ def random_scales(group: ScaleGroup, seed: int, powers_of_two: bool = False) -> 
     return scales
 
 
+def leaving_out(group: ScaleGroup) -> Iterator[tuple[str, ScaleGroup]]:
+    """Yields the group without one part of one member, and whose: each must be missed.
+
+    A part is what one member multiplies, or what it divides; of a stack, one matrix of it.
+    """
+    for place, member in enumerate(group.members):
+        stack = range(len(member.exponents)) if member.stacked else (...,)
+        for index, sign in itertools.product(stack, (1, -1)):
+            exponents = member.exponents.clone()
+            part = exponents[index] == sign
+            if not bool(part.any()):
+                continue
+            exponents[index] = torch.where(part, 0, exponents[index])
+            rest = dataclasses.replace(member, exponents=exponents)
+            members = (*group.members[:place], rest, *group.members[place + 1 :])
+            yield member.parameter, dataclasses.replace(group, members=members)
+
+
 def fold(
-    program: Program,
-    groups: Iterable[ScaleGroup],
-    *,
-    without: Member | None = None,
-    powers_of_two: bool = False,
+    program: Program, groups: Iterable[ScaleGroup], *, powers_of_two: bool = False
 ) -> Program:
-    """Returns the program with random scales in all groups at once, and in all members but one."""
+    """Returns the program with random scales in all groups at once."""
     updates: dict[str, torch.Tensor] = {}
     for seed, group in enumerate(groups):
         scales = random_scales(group, seed, powers_of_two)
         for member in group.members:
-            if member is not without:
-                name = member.parameter
-                tensor = updates.get(name, program.weights[name]).double()
-                updates[name] = member.scaled(tensor, scales)
+            name = member.parameter
+            tensor = updates.get(name, program.weights[name]).double()
+            updates[name] = member.scaled(tensor, scales)
     rounded = {name: t.to(program.weights.source(name).dtype) for name, t in updates.items()}
     # Only what `run` reads; `with_weights` would copy the graph each time.
     return dataclasses.replace(program, weights=program.weights.replace(rounded))

@@ -62,7 +62,8 @@ def test_signs_shifts_and_experts_are_shown() -> None:
     channels = torch.arange(8)
 
     def group(layer: int, positive: bool) -> ScaleGroup:
-        experts = [Consumer(f"layers.{layer}.experts.down[{e}]", channels) for e in range(3)]
+        ones = torch.ones(8, dtype=torch.int8)
+        experts = [Consumer(f"layers.{layer}.experts.down[{e}]", channels, ones) for e in range(3)]
         shifts = (Shift(f"layers.{layer}.up.bias", channels),)
         name = f"layers.{layer}.up.weight -> layers.{layer}.experts.down"
         return ScaleGroup(name, 8, positive, (), tuple(experts), (), shifts)

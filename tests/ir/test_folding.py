@@ -173,13 +173,21 @@ def test_statistics_are_divided(chain: Program, groups: list[ScaleGroup]) -> Non
 def test_inputs_outside_a_group_keep_their_statistics() -> None:
     channels = torch.tensor([1, -1, 0])
     scales = torch.tensor([2.0, 4.0]).double()
-    assert spread(scales, channels).tolist() == [4, 1, 2]
+
+    def reader(name: str, channels: torch.Tensor, sign: int = 1) -> Consumer:
+        return Consumer(name, channels, torch.where(channels >= 0, sign, 0).to(torch.int8))
+
+    assert spread(scales, reader("a", channels)).tolist() == [4, 1, 2]
+    # Where a weight shrinks, its input grows.
+    assert spread(scales, reader("a", channels, -1)).tolist() == [0.25, 1, 0.5]
     shared = edge(3, 0)
-    known = Statistics({"a": shared, "b": shared, "c": shared, "d": shared})
-    consumers = [Consumer("a", channels), Consumer("b", channels), Consumer("c", channels.flip(0))]
-    found = divide_statistics(known, [*consumers, Consumer("unknown", channels)], scales).edges
+    known = Statistics(dict.fromkeys("abcde", shared))
+    consumers = [reader("a", channels), reader("b", channels), reader("c", channels.flip(0))]
+    consumers += [reader("e", channels, -1), reader("unknown", channels)]
+    found = divide_statistics(known, consumers, scales).edges
     assert torch.equal(found["a"].total, shared.total / torch.tensor([4, 1, 2]))
     assert torch.equal(found["c"].total, shared.total / torch.tensor([2, 1, 4]))
+    assert torch.equal(found["e"].total, shared.total * torch.tensor([4, 1, 2]))
     assert found["a"] is found["b"]
     assert found["d"] is shared
     assert found.keys() == known.edges.keys()

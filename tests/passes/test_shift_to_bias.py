@@ -1,10 +1,10 @@
-"""shift-to-bias: the mean of the residual is zero, and the module, the file and the reload have it."""
+"""shift-to-bias: no part of the data loses by it, and the module, the file and the reload have it."""
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from zeroskip import compile_sparse
 from zeroskip.ir.added_parameters import added_parameters
 from zeroskip.ir.biases import ShiftedBiases, find_bias
 from zeroskip.ir.capture import capture
-from zeroskip.ir.errors import CompileError, RequirementError
+from zeroskip.ir.errors import CalibrationError, CompileError, RecipeError
 from zeroskip.ir.facts import Masks, SparseWeights
 from zeroskip.ir.linears import Linear, find_linears
 from zeroskip.ir.observers import row_mask
+from zeroskip.ir.patterns import parse_pattern
 from zeroskip.ir.printer import print_program
 from zeroskip.ir.program import Program
 from zeroskip.passes import (
@@ -36,6 +37,7 @@ from zeroskip.passes import (
     PruneWanda,
     ShiftToBias,
 )
+from zeroskip.passes.shift_to_bias import what_all_agree_on
 
 PRUNE: tuple[Pass, ...] = (Observe(), PruneWanda("2:4"))
 ALL: tuple[Pass, ...] = (*PRUNE, ShiftToBias(add=True), ApplyMasks())
@@ -45,11 +47,11 @@ def linears_of(program: Program) -> dict[str, Linear]:
     return {linear.name: linear for linear in find_linears(program)}
 
 
-def inputs_of(program: Program, linear: Linear) -> Tensor:
-    """What enters a linear over the calibration data, padding left out, float64 [tokens, in]."""
+def inputs_of(program: Program, linear: Linear) -> list[Tensor]:
+    """What enters a linear, batch by batch, padding left out, float64 [tokens, in]."""
     tapped = program.fork()
     nodes = {node.name: node for node in tapped.graph.nodes}
-    rows = []
+    rows: list[list[Tensor]] = [[] for _ in program.calibration]
     for use in linear.uses:
         activation = nodes[use.activation.name]
         with tapped.graph.inserting_before(nodes[use.node.name]):
@@ -58,38 +60,180 @@ def inputs_of(program: Program, linear: Linear) -> Tensor:
         tapped.graph.output_node().args = (tuple(wanted),)
         tapped.graph_module.recompile()
         names = ("x", "mask")[: len(wanted)]
-        for batch in program.calibration:
+        for number, batch in enumerate(program.calibration):
             given = {name: batch[name] for name in program.inputs}
             found = dataclasses.replace(tapped, outputs=names).run(given)
             x = found["x"].double().flatten(0, -2)
-            rows.append(x[found["mask"].flatten().bool()] if "mask" in found else x)
-    return torch.cat(rows)
+            rows[number].append(x[found["mask"].flatten().bool()] if "mask" in found else x)
+    return [torch.cat(parts) for parts in rows]
 
 
-def residuals(program: Program, name: str) -> tuple[Tensor, Tensor]:
-    """W x - (W * M) x, and the same minus what was added to the bias, for every token."""
+def lost_by(program: Program, name: str) -> list[Tensor]:
+    """W x - (W * M) x of every token, batch by batch, float64 [tokens, out]."""
     linear = linears_of(program)[name]
     lost = linear.weight(program).masked_fill(program.fact(Masks).masks[name].keep(), 0).double()
-    plain = inputs_of(program, linear) @ lost.T
-    return plain, plain - program.fact(ShiftedBiases).shifts[name].shift
+    return [x @ lost.T for x in inputs_of(program, linear)]
+
+
+def weights_of(program: Program, name: str) -> list[Tensor]:
+    """What each token counts: less than one where it is larger than half of its batch."""
+    found = []
+    for rows in inputs_of(program, linears_of(program)[name]):
+        sizes = [float(row.norm()) ** 2 for row in rows]
+        middle = sorted(sizes)[(len(sizes) - 1) // 2]
+        found.append(torch.tensor([min(1.0, middle / size) for size in sizes]).double())
+    return found
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "convnet"])
+def test_the_shift_is_what_all_parts_agree_on(name: str) -> None:
+    # The residual is that of the inputs that are observed: before anything is shifted.
+    decided = PassManager(PRUNE)(small_program(name)).program
+    for parts in (1, 2):
+        step = ShiftToBias(add=True, parts=parts)
+        shifts = step(decided).program.fact(ShiftedBiases).shifts
+        assert shifts
+        for linear, found in shifts.items():
+            averages = [
+                (weight[:, None] * rows).sum(0) / weight.sum()
+                for weight, rows in zip(
+                    weights_of(decided, linear), lost_by(decided, linear), strict=True
+                )
+            ]
+            if parts == 1:
+                sizes = [float(weight.sum()) for weight in weights_of(decided, linear)]
+                expected = sum(s * a for s, a in zip(sizes, averages, strict=True)) / sum(sizes)
+            else:
+                # One part for each of the two batches.
+                first, second = averages
+                nearest = torch.where(first.abs() < second.abs(), first, second)
+                expected = torch.where(first * second > 0, nearest, 0.0)
+                assert bool(found.shift.any())
+            torch.testing.assert_close(found.shift, expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_the_mean_of_the_residual_is_zero_and_its_square_no_larger(name: str) -> None:
-    # The residual is that of the inputs that were observed: before anything is shifted.
+def test_the_error_of_no_output_rises_in_any_part(name: str) -> None:
     decided = PassManager(PRUNE)(small_program(name)).program
-    shifted = ShiftToBias(add=True)(decided).program
-    shifts = shifted.fact(ShiftedBiases).shifts
-    assert shifts
-    known = decided.with_fact(shifted.fact(ShiftedBiases))
-    for linear in shifts:
-        before, after = residuals(known, linear)
-        assert before.mean(0).norm() > 1e-4 * before.norm() / len(before) ** 0.5
-        scale = before.abs().max()
-        assert after.mean(0).abs().max() < 1e-6 * scale, linear
-        assert bool((after.square().mean(0) <= before.square().mean(0) + 1e-9 * scale**2).all())
-        drop = before.square().mean(0) - after.square().mean(0)
-        torch.testing.assert_close(drop, before.mean(0).square(), rtol=1e-4, atol=1e-9)
+    shifts = ShiftToBias(add=True)(decided).program.fact(ShiftedBiases).shifts
+    assert any(bool(found.shift.any()) for found in shifts.values())
+    for linear, found in shifts.items():
+        if len(linears_of(decided)[linear].uses) > 1:
+            continue  # Parts hold tokens of all uses.
+        for weight, rows in zip(weights_of(decided, linear), lost_by(decided, linear), strict=True):
+            # Two batches in eight parts: each is cut into four.
+            for w, lost in zip(weight.tensor_split(4), rows.tensor_split(4), strict=True):
+                if not len(w):
+                    continue  # Less rows than parts.
+                before = (w[:, None] * lost.square()).sum(0) / w.sum()
+                after = (w[:, None] * (lost - found.shift).square()).sum(0) / w.sum()
+                noise = 1e-6 * float(lost.abs().max()) ** 2
+                assert bool((before - after >= found.shift.square() - noise).all()), linear
+
+
+def test_agreement() -> None:
+    averages = torch.tensor([[1.0, -3, 1, 0, -2], [2.0, -1, -1, 5, -2], [4.0, -2, 2, 5, -2]])
+    assert what_all_agree_on(averages).tolist() == [1, -1, 0, 0, -2]
+    assert what_all_agree_on(averages[:1]).tolist() == averages[0].tolist()
+    assert what_all_agree_on(averages[:0]).tolist() == [0] * 5
+
+
+class Wide(nn.Module):
+    """A linear without nonlinearity in front of it: its inputs are the model's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.only = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.only(x)
+
+
+def shift_of(batches: Sequence[Tensor], **options: Any) -> Tensor:
+    """The shift of a linear that reads batches of [1, tokens, 8]."""
+    torch.manual_seed(0)
+    program = capture(Wide().eval(), {"x": torch.randn(2, 5, 8)})
+    program = dataclasses.replace(program, calibration=tuple({"x": x} for x in batches))
+    program = PassManager([PruneMagnitude("50%"), ShiftToBias(**options)])(program).program
+    return program.fact(ShiftedBiases).shifts["only.weight"].shift
+
+
+def test_enormous_tokens_count_like_others() -> None:
+    generator = torch.Generator().manual_seed(1)
+    plain = [torch.randn(1, 64, 8, generator=generator) + 1 for _ in range(8)]
+    direction = torch.randn(8, generator=generator)
+    # The first token of each window is a thousand times as large as the others.
+    sinks = [torch.cat([1000 * direction.expand(1, 1, 8), x[:, 1:]], 1) for x in plain]
+    expected, found = shift_of(plain), shift_of(sinks)
+    assert float((found - expected).norm()) < 0.1 * float(expected.norm())
+    # The mean over all tokens is another thing.
+    means = [torch.cat(x, 1).mean((0, 1)) for x in (plain, sinks)]
+    assert float((means[1] - means[0]).norm()) > 10 * float(means[0].norm())
+
+
+def test_what_differs_from_text_to_text_is_left_alone() -> None:
+    generator = torch.Generator().manual_seed(2)
+    texts = [torch.randn(1, 32, 8, generator=generator) for _ in range(8)]
+    # One channel has a mean that all share, the others one that changes its sign.
+    shared = torch.zeros(8)
+    shared[0] = 3.0
+    signs = torch.randn(8, 1, 1, 8, generator=generator).sign()
+    batches = [x + shared + 2 * s for x, s in zip(texts, signs, strict=True)]
+    guarded, average = shift_of(batches), shift_of(batches, parts=1)
+    other = torch.randn(1, 4096, 8, generator=generator) + shared
+    other += 2 * torch.randn(8, generator=generator).sign()
+    torch.manual_seed(0)
+    weight = Wide().only.weight.detach()
+    pruned = PruneMagnitude("50%").pattern
+    keep = parse_pattern(pruned).project(weight.abs())
+    lost = other[0] @ weight.masked_fill(keep, 0).T
+
+    def error(shift: Tensor) -> float:
+        return float((lost - shift).square().sum())
+
+    assert bool(guarded.any())
+    assert error(guarded.float()) < error(torch.zeros(6))
+    assert bool((guarded.abs() <= average.abs() + 1e-6).all())
+
+
+def test_one_batch_is_cut_into_parts_and_one_token_agrees_with_itself() -> None:
+    generator = torch.Generator().manual_seed(3)
+    batch = torch.randn(1, 64, 8, generator=generator)
+    whole = shift_of([batch])
+    cut = shift_of(list(batch.split(8, 1)))
+    # The same eight parts; only what is typical is known for each of them or for all.
+    assert float((whole - cut).norm()) < 0.5 * float(cut.norm()) + 1e-3
+    assert bool((shift_of([batch[:, :1]]) != 0).any())
+
+
+def test_a_bias_is_added_where_parts_agree_on_nothing_too() -> None:
+    # A configuration gives all linears of a kind a bias, or none.
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8, bias=False)).eval()
+    x = torch.randn(4, 8)
+    batches = ({"input": x}, {"input": -x})
+    program = dataclasses.replace(capture(model, {"input": x}), calibration=batches)
+    decided = PassManager([PruneMagnitude("50%")])(program).program
+    found = ShiftToBias(add=True, parts=2)(decided).program
+    assert not found.weights["0.bias"].any()
+
+
+def test_nothing_is_shifted_without_calibration_data() -> None:
+    program = dataclasses.replace(small_program("gpt2"), calibration=())
+    with pytest.raises(CalibrationError, match="no calibration data"):
+        PassManager([PruneMagnitude("2:4"), ShiftToBias()])(program)
+    decided = PruneMagnitude("2:4")(program).program
+    with pytest.raises(CalibrationError, match="no calibration data"):
+        ShiftToBias()(decided)
+    for parts in (0, -1):
+        with pytest.raises(RecipeError, match="out of range"):
+            ShiftToBias(parts=parts)
+
+
+def test_activations_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(CalibrationError, match="NaN or inf") as caught:
+        shift_of([torch.full((1, 4, 8), torch.nan)])
+    assert caught.value.where == "only.weight"
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -242,24 +386,21 @@ def test_masks_that_were_applied_are_refused() -> None:
         PassManager([*PRUNE, ApplyMasks(), Observe(), ShiftToBias()])(small_program("gpt2"))
     assert caught.value.pass_name == "shift-to-bias"
     assert "between the pruner and apply-masks" in str(caught.value.next_step)
-    with pytest.raises(RequirementError, match="Statistics"):
+    with pytest.raises(CompileError, match="applied already"):
         PassManager([*PRUNE, ApplyMasks(), ShiftToBias()])(small_program("gpt2"))
 
 
-def test_a_linear_without_statistics_is_refused() -> None:
-    steps = [Observe(exclude=("up",)), PruneMagnitude("2:4"), ShiftToBias()]
-    with pytest.raises(RequirementError, match="no calibration statistics") as caught:
-        PassManager(steps)(small_program("mlp"))
-    assert caught.value.where == "up.weight"
-
-
 def test_a_bias_that_would_overflow_is_left_alone() -> None:
-    program = small_program("mlp")
-    decided = PassManager(PRUNE)(program).program
-    high = {"up.bias": torch.full((24,), 3e38), "up.weight": torch.full((24, 16), 3e38)}
-    found = ShiftToBias(include=("up",))(decided.with_weights(high)).program
-    assert "overflow" in found.fact(ShiftedBiases).refusals["up.weight"]
-    assert torch.equal(found.weights["up.bias"], high["up.bias"])
+    model = Wide().half().eval()
+    with torch.no_grad():
+        model.only.weight.fill_(20.0)
+        model.only.bias.fill_(60000.0)
+    x = {"x": torch.full((1, 16, 8), 100.0).half()}
+    program = dataclasses.replace(capture(model, x), calibration=(x,))
+    # Half of the weights take 4 * 20 * 100 away.
+    found = PassManager([PruneMagnitude("50%"), ShiftToBias()])(program).program
+    assert "overflow" in found.fact(ShiftedBiases).refusals["only.weight"]
+    assert bool((found.weights["only.bias"] == 60000).all())
 
 
 def same_outputs(model: nn.Module, compiled: Any, inputs: dict[str, Tensor]) -> None:
@@ -279,9 +420,9 @@ def test_a_llama_end_to_end(tmp_path: Path) -> None:
     layers = model.config.num_hidden_layers
     added = [name for name, _ in model.named_parameters() if name not in dense]
     assert len(added) == 7 * layers
-    assert all(
-        p.dtype == torch.float32 and p.abs().sum() > 0 for p in map(model.get_parameter, added)
-    )
+    biases = [model.get_parameter(name) for name in added]
+    assert {bias.dtype for bias in biases} == {torch.float32}
+    assert sum(bool(bias.any()) for bias in biases) > len(biases) / 2
     inputs = entry.inputs(3, 17, padded=True)
     same_outputs(model, compiled, inputs)
     tokens = model.generate(inputs["input_ids"][1:], max_new_tokens=4, do_sample=False)
