@@ -1,5 +1,6 @@
 """The passes, by name."""
 
+from zeroskip.passes.allocate_sparsity import AllocateSparsity
 from zeroskip.passes.apply_masks import ApplyMasks
 from zeroskip.passes.base import Pass, PassResult
 from zeroskip.passes.eliminate_dead_code import EliminateDeadCode
@@ -35,6 +36,7 @@ PASSES: dict[str, type[Pass]] = {
         FoldScales,
         InduceSparsity,
         SteerScores,
+        AllocateSparsity,
         PruneMagnitude,
         PruneWanda,
         ShiftToBias,
@@ -50,6 +52,7 @@ PASSES: dict[str, type[Pass]] = {
 
 __all__ = [
     "PASSES",
+    "AllocateSparsity",
     "ApplyMasks",
     "DumpPrograms",
     "EliminateDeadCode",
