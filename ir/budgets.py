@@ -35,3 +35,26 @@ class Budgets(Fact):
 
     def merge(self, other: Budgets) -> Budgets:
         return Budgets({**self.sparsities, **other.sparsities})
+
+
+@dataclass(frozen=True)
+class Measurements(Fact):
+    """What budgets are computed from; known only while `allocate-sparsity` runs.
+
+    Args:
+        values: By linear: its error at each probe, or the outlier share of its layer.
+    """
+
+    values: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def check(self, program: Program) -> str | None:
+        known = {linear.name for linear in find_linears(program)}
+        missing = [name for name in self.values if name not in known]
+        return f"a measurement of {missing[0]}, which is not a linear" if missing else None
+
+    def restrict(self, linears: Iterable[str]) -> Measurements:
+        names = set(linears)
+        return Measurements({n: v for n, v in self.values.items() if n in names})
+
+    def merge(self, other: Measurements) -> Measurements:
+        return Measurements({**self.values, **other.values})

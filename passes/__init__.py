@@ -1,5 +1,6 @@
 """The passes, by name."""
 
+from zeroskip.passes.allocate_sparsity import AllocateSparsity
 from zeroskip.passes.apply_masks import ApplyMasks
 from zeroskip.passes.base import Pass, PassResult
 from zeroskip.passes.compensate_energy import CompensateEnergy
@@ -42,6 +43,7 @@ PASSES: dict[str, type[Pass]] = {
         FoldScales,
         InduceSparsity,
         SteerScores,
+        AllocateSparsity,
         PruneMagnitude,
         PruneSparseGPT,
         PruneWanda,
@@ -63,6 +65,7 @@ PASSES: dict[str, type[Pass]] = {
 
 __all__ = [
     "PASSES",
+    "AllocateSparsity",
     "ApplyMasks",
     "CompensateEnergy",
     "DistillOutputs",

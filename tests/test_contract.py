@@ -22,6 +22,7 @@ from zeroskip.ir.program import Program, attribute
 from zeroskip.ir.verify import verify
 from zeroskip.passes import (
     PASSES,
+    AllocateSparsity,
     ApplyMasks,
     CompensateEnergy,
     DistillOutputs,
@@ -164,6 +165,10 @@ CASES: dict[str, Case] = {
         lambda _: SteerScores(),
         SteerScores("prune-magnitude", "2:4", 7, 0.2, 0.05, 8.0, 0.5, **NAMES),
         before=(Observe(gram=True),),
+    ),
+    "allocate-sparsity": Case(
+        lambda _: AllocateSparsity(),
+        AllocateSparsity("30% matrix", "owl", 7.0, 0.1, 0.2, 0.9, (0.25, 0.75), **NAMES),
     ),
     "shift-to-bias": Case(
         lambda _: ShiftToBias(add=True),

@@ -7,6 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from zeroskip.ir.errors import PatternError
+from zeroskip.ir.patterns import Unstructured, parse_pattern
+
 COLUMNS = (
     "linear",
     "count",
@@ -111,13 +114,15 @@ def _kind(row: Row) -> tuple[object, ...]:
     """What linears on one line have in common; speeds, which may differ a little, are not in it."""
     name = without_numbers(row.name)
     verdict = row.verdict
+    own = _unstructured(row.pattern)
+    pattern = row.pattern if own is None else own.comparison
     if verdict is None:
-        return (name, row.shape, row.pattern, row.changed, row.note)
+        return (name, row.shape, pattern, row.changed, row.note)
     decided = tuple(verdict[key] for key in ("value_type", "accuracy_level", "choice", "layout"))
     # Without speeds, the reason is what there is to know.
     reason = None if verdict["speedup"] else _reason(row)
     known = (verdict["source"], tuple(verdict["speedup"]))
-    return (name, row.shape, row.pattern, row.changed, *decided, *known, reason)
+    return (name, row.shape, pattern, row.changed, *decided, *known, reason)
 
 
 def _cells(group: Sequence[Row]) -> list[str]:
@@ -139,13 +144,32 @@ def _cells(group: Sequence[Row]) -> list[str]:
         common_name([row.name for row in group]),
         f"x {len(group)}" if len(group) > 1 else "",
         f"{first.shape[0]} x {first.shape[1]}",
-        first.pattern,
+        _pattern(group),
         _range(densities, 4),
         values,
         packed,
         speeds,
         _chosen(min(group, key=lambda row: row.lowest)),
     ]
+
+
+def _pattern(group: Sequence[Row]) -> str:
+    """The pattern of all, or the range of their sparsities where each has its own."""
+    texts = dict.fromkeys(row.pattern for row in group)
+    own = [found for text in texts if (found := _unstructured(text)) is not None]
+    if not own or (len(texts) == 1 and len(group[0].pattern) <= len("0.1234 matrix")):
+        return group[0].pattern
+    comparison = "" if own[0].comparison == "row" else f" {own[0].comparison}"
+    return _range([pattern.sparsity for pattern in own], 4) + comparison
+
+
+def _unstructured(text: str) -> Unstructured | None:
+    """Reads a pattern that is a share of weights; None for another, `dense` or none."""
+    try:
+        found = parse_pattern(text)
+    except PatternError:
+        return None
+    return found if isinstance(found, Unstructured) else None
 
 
 def _chosen(row: Row) -> str:

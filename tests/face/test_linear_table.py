@@ -116,6 +116,20 @@ def test_what_differs_does_not_share_a_line(other: Row) -> None:
     assert len(body([row("layers.0.fc1"), other])) == 2
 
 
+def test_sparsities_of_their_own_are_a_range() -> None:
+    def pruned(i: int, pattern: str) -> Row:
+        return Row(f"layers.{i}.up", (64, 48), 0.5, pattern=pattern)
+
+    one = 0.5208333333333334
+    assert [line[2:4] for line in body([pruned(0, f"{one}"), pruned(1, "0.6875")])] == [
+        ["64 x 48", "0.5208-0.6875"]
+    ]
+    assert body([pruned(0, f"{one}"), pruned(1, f"{one}")])[0][3] == "0.5208"
+    assert body([pruned(0, f"{one} matrix")])[0][2] == "0.5208 matrix"
+    assert body([pruned(0, "50%"), pruned(1, "50%")])[0][3] == "50%"
+    assert len(body([pruned(0, "0.5"), pruned(1, "0.5 matrix"), pruned(2, "2:4")])) == 3
+
+
 def test_a_line_is_as_slow_as_its_slowest() -> None:
     slow = row(
         "layers.1.up",
