@@ -292,7 +292,9 @@ def goals(rows: Sequence[Row], dense: dict[str, float]) -> list[Row]:
     cells = {(r["pruner"], r["pattern"], r["method"]): r for r in rows if "note" not in r}
     for (pruner, pattern, method), row in cells.items():
         alone = cells.get((pruner, pattern, "alone"))
-        promised = method in GUARDED if pruner != "prune-magnitude" else method == "+ InduceSparsity"
+        promised = (
+            method in GUARDED if pruner != "prune-magnitude" else method == "+ InduceSparsity"
+        )
         if alone is None or not promised:
             continue
         for text, floor in dense.items():

@@ -1,10 +1,10 @@
 """Perplexity, seconds and peak memory of every pruning method on one model.
 
 Each cell, a method at a pattern, runs in a process of its own, so that one's memory is not
-another's. All get the same calibration windows. Results are written after every cell, and cells that
-are there already, measured under the same conditions, are not measured again: a run that was
-stopped goes on, and other methods and patterns can be added later.
-
+another's. All get the same calibration windows, but for presets, which get as many as they ask for.
+Results are written after every cell, and cells that are there already, measured under the same
+conditions, are not measured again: a run that was stopped goes on, and other methods and patterns
+can be added later.
     python benchmarks/methods.py [MODEL] [--methods NAME ...] [--patterns 50% 60% 70% 2:4 4:8]
         [--samples 32] [--sequence-length 512] [--calibration FILE] [--evaluate NAME=FILE ...]
         [--max-tokens 4096] [--window 1024] [--threads N] [--json FILE] [--plot FILE] [--tiny]
@@ -161,17 +161,22 @@ def measure(arguments: argparse.Namespace) -> Row:
 
     from zeroskip import compile_sparse, perplexity
     from zeroskip.ir.errors import PatternError
+    from zeroskip.recipe import PRESETS
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     (method,), (pattern,) = arguments.methods, arguments.patterns
     row: Row = {"method": method, "pattern": pattern}
+    recipe = recipe_of(method, pattern)
+    if isinstance(recipe, str):
+        return {**row, "note": recipe}
+    if method in PRESETS and recipe is not None:
+        arguments.samples = recipe.calibration.samples
+        arguments.sequence_length = recipe.calibration.sequence_length
     model, calibration, texts = case(arguments)
+    row["calibration"] = f"{arguments.samples} x {arguments.sequence_length}"
     loaded = peak_bytes()
-    if method != "dense":
-        recipe = recipe_of(method, pattern)
-        if isinstance(recipe, str):
-            return {**row, "note": recipe}
+    if recipe is not None:
         started = time.perf_counter(), time.process_time()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -226,11 +231,13 @@ def case(
     return model, batches, texts
 
 
-def recipe_of(method: str, pattern: str) -> Recipe | str:
-    """The recipe of a method at a pattern, or why there is none."""
+def recipe_of(method: str, pattern: str) -> Recipe | str | None:
+    """The recipe of a method at a pattern, or why there is none; None for the dense model."""
     from zeroskip.passes import PASSES
     from zeroskip.recipe import PRESETS, parse_recipe, preset
 
+    if method == "dense":
+        return None
     if method in PRESETS:
         return preset(method, pattern)
     text = json.dumps(METHODS[method])

@@ -272,7 +272,9 @@ def divide_statistics(
         scales: By channel, float64.
     """
     edges = dict(statistics.edges)
-    done: dict[tuple[int, bytes, bytes], EdgeStatistics] = {}  # linears that share an edge go on sharing
+    done: dict[
+        tuple[int, bytes, bytes], EdgeStatistics
+    ] = {}  # linears that share an edge go on sharing
     for consumer in consumers:
         edge = edges.get(consumer.linear)
         if edge is None:

@@ -66,7 +66,8 @@ class ReconstructBlocks(Trainer):
     masks instead of roundings; two streams as in OmniQuant, arXiv 2308.13137.
     """
 
-    epochs: int = 8
+    epochs: int = 4
+    batch: int = 2
     loss: str = "token"
     inputs: str = "propagated"
 

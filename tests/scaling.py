@@ -43,9 +43,7 @@ def leaving_out(group: ScaleGroup) -> Iterator[tuple[str, ScaleGroup]]:
             yield member.parameter, dataclasses.replace(group, members=members)
 
 
-def fold(
-    program: Program, groups: Iterable[ScaleGroup], *, powers_of_two: bool = False
-) -> Program:
+def fold(program: Program, groups: Iterable[ScaleGroup], *, powers_of_two: bool = False) -> Program:
     """Returns the program with random scales in all groups at once."""
     updates: dict[str, torch.Tensor] = {}
     for seed, group in enumerate(groups):

@@ -1005,6 +1005,7 @@ REFUSE: dict[str, tuple[Function, str, str, Attempt]] = {
     ),
 }  # fmt: skip
 
+
 def biased_logits(p: Any, x: Tensor) -> Tensor:
     """One head of queries and keys, 8 wide, as BLOOM multiplies them."""
     q, k, v = (F.linear(x, w) for w in (p.square, p.k, p.v))
