@@ -51,6 +51,17 @@ class LabelFlow(ABC):
     def read_parameter(self, node: fx.Node) -> Value:
         """Returns what stands for a parameter of the program."""
 
+    def read_input(self, node: fx.Node) -> Value:
+        """Returns what stands for an input of the program."""
+        return self.fixed_value(node)
+
+    def rule_of(self, node: fx.Node) -> Callable[[Any, Call], Value] | None:
+        """Returns the rule that an operator follows, or None."""
+        rule = self.rules.get(node.target)
+        if rule is None and getattr(node.target, "namespace", "") in _NAMESPACES:
+            rule = self.rules.get(getattr(node.target, "_opname", ""))
+        return rule
+
     @abstractmethod
     def refuse(self, value: Value, why: str) -> None:
         """Notes that whatever labels a value has lead no further."""
@@ -85,7 +96,7 @@ class LabelFlow(ABC):
                 else:
                     self.env[node] = self.fixed_value(node)
             elif node.op == "placeholder":
-                self.env[node] = self.fixed_value(node)
+                self.env[node] = self.read_input(node)
             else:
                 self.env[node] = self._apply(node)
 
@@ -100,11 +111,8 @@ class LabelFlow(ABC):
             return self.fixed_value(node)
         if node.target is operator.getitem:
             return args[0][args[1]]
-        rule = self.rules.get(node.target)
-        if rule is None and getattr(node.target, "namespace", "") in _NAMESPACES:
-            rule = self.rules.get(name)
         try:
-            return self._checked(node, rule, call)
+            return self._checked(node, self.rule_of(node), call)
         except Refused as refused:
             reason = str(refused)
         except _UNFORESEEN:

@@ -22,8 +22,10 @@ from zeroskip.passes.manager import (
 )
 from zeroskip.passes.observe import Observe
 from zeroskip.passes.pattern_pass import PatternPass
+from zeroskip.passes.permute_channels import PermuteChannels
 from zeroskip.passes.prune_cvr import PruneCVR
 from zeroskip.passes.prune_magnitude import PruneMagnitude
+from zeroskip.passes.prune_ria import PruneRIA
 from zeroskip.passes.prune_sparsegpt import PruneSparseGPT
 from zeroskip.passes.prune_wanda import PruneWanda
 from zeroskip.passes.prune_z import PruneZ
@@ -44,11 +46,13 @@ PASSES: dict[str, type[Pass]] = {
         InduceSparsity,
         SteerScores,
         AllocateSparsity,
+        PermuteChannels,
         PruneMagnitude,
         PruneSparseGPT,
         PruneWanda,
         PruneZ,
         PruneCVR,
+        PruneRIA,
         ShiftToBias,
         CompensateEnergy,
         ApplyMasks,
@@ -85,9 +89,11 @@ __all__ = [
     "PassRecord",
     "PassResult",
     "PatternPass",
+    "PermuteChannels",
     "PipelineResult",
     "PruneCVR",
     "PruneMagnitude",
+    "PruneRIA",
     "PruneSparseGPT",
     "PruneWanda",
     "PruneZ",

@@ -37,8 +37,10 @@ from zeroskip.passes import (
     Observe,
     Pass,
     PassManager,
+    PermuteChannels,
     PruneCVR,
     PruneMagnitude,
+    PruneRIA,
     PruneWanda,
     PruneZ,
     QuantizeValues,
@@ -132,6 +134,15 @@ CASES: dict[str, Case] = {
         lambda _: CompensateEnergy(),
         CompensateEnergy("row", (0.25, 4.0), guard=False, held_out=2),
         before=(PruneMagnitude("2:4"),),
+    ),
+    "prune-ria": Case(
+        lambda _: PruneRIA(), PruneRIA("4:8 pad", a=1.0, **NAMES), before=(Observe(),)
+    ),
+    "permute-channels": Case(
+        lambda _: PermuteChannels("2:4"),
+        PermuteChannels("4:8 pad", "prune-wanda", 3, **NAMES),
+        before=(Observe(),),
+        reorders=tuple(SMALL),  # Sums run over channels.
     ),
     "apply-masks": Case(lambda _: ApplyMasks(), ApplyMasks(), before=(PruneMagnitude("2:4"),)),
     "reconstruct-blocks": Case(
