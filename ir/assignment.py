@@ -26,8 +26,8 @@ def cheapest_assignment(cost: torch.Tensor) -> torch.Tensor:
         if column_of[row] < 0:
             row_of[column], column_of[row] = row, column
     due = np.zeros(count)  # Dual prices of the rows.
-    for row in np.flatnonzero(column_of < 0):
-        _augment(matrix, int(row), price, due, row_of, column_of)
+    for left in np.flatnonzero(column_of < 0).tolist():
+        _augment(matrix, left, price, due, row_of, column_of)
     return torch.from_numpy(column_of)
 
 

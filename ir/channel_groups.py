@@ -93,18 +93,22 @@ def find_channel_groups(program: Program) -> ChannelGroups:
     block_of, count = _blocks(flow, list(axes.values()))
     inside: dict[int, list[tuple[str, int | None, int | None]]] = {}
     for place, row in axes.items():
-        for block in block_of[row].unique().tolist():
+        for block in torch.unique(block_of[row]).tolist():
             inside.setdefault(block, []).append(place)
     groups: list[ChannelGroup] = []
     done: set[int] = {count}
     for linear in linears:
-        row = axes.get((linear.parameter, input_axis(linear), linear.expert))
-        for block in () if row is None else _in_order(block_of[row]):
+        columns = axes.get((linear.parameter, input_axis(linear), linear.expert))
+        if columns is None:
+            continue
+        for block in _in_order(block_of[columns]):
             if block not in done:
                 done.add(block)
-                labels = row[block_of[row] == block].unique()  # type: ignore[index]
+                labels = torch.unique(columns[block_of[columns] == block])
                 groups.append(_group(block, labels, axes, inside[block], linears))
-    return ChannelGroups(tuple(_named(groups)), dict(_refusals(flow, linears, axes, block_of, count)))
+    return ChannelGroups(
+        tuple(_named(groups)), dict(_refusals(flow, linears, axes, block_of, count))
+    )
 
 
 def _flow(program: Program) -> PermutationFlow:
@@ -133,9 +137,9 @@ def _blocks(flow: PermutationFlow, rows: list[torch.Tensor]) -> tuple[torch.Tens
 
     A label that stays, or whose signature no other has, is in none.
     """
-    labels = torch.cat([torch.zeros(1, dtype=torch.long), *rows]).unique()
+    labels = torch.unique(torch.cat([torch.zeros(1, dtype=torch.long), *rows]))
     labels = labels[labels != 0]
-    signatures, which = flow.signatures[labels].unique(return_inverse=True)
+    signatures, which = torch.unique(flow.signatures[labels], return_inverse=True)
     alone = torch.bincount(which, minlength=len(signatures)) < 2
     count = len(signatures)
     block_of = torch.full((len(flow.signatures),), count)

@@ -215,8 +215,8 @@ def _reordered_folds(
                     continue
                 row = member.channels if axis.expert is None else member.channels[axis.expert]
                 row = row.reshape(-1)
-                from_place = row[axis.index(order, len(row))]
-                inside = (row >= 0) & (from_place >= 0)
-                scales[row[inside]] = fold.scales[from_place[inside]]
+                to, of = row[axis.places], row[axis.places[:, order]]
+                inside = (to >= 0) & (of >= 0)
+                scales[to[inside]] = fold.scales[of[inside]]
         folds[name] = dataclasses.replace(fold, scales=scales)
     return FoldedScales(folds, known.refused)

@@ -50,7 +50,9 @@ class _Unsigned(ScaleEquations):
     """Equations between labels, which have no opposites."""
 
     def equate(self, first: torch.Tensor, second: torch.Tensor, why: str) -> None:
-        super().equate(_unsigned(first), _unsigned(second), why)
+        # A reason is asked for where one of the two stays: what comes from there is given.
+        given = f"it meets values that come in a given order: {why}"
+        super().equate(_unsigned(first), _unsigned(second), given)
 
 
 def _unsigned(labels: torch.Tensor) -> torch.Tensor:
@@ -137,19 +139,21 @@ class PermutationFlow(ScaleFlow):
             shape[d] = kept.shape[d]
             places = places * kept.shape[d] + torch.arange(kept.shape[d]).view(shape)
         self._sign(kept, places.expand(kept.shape), mixed=True)
-        for label in kept.unique().tolist():
+        for label in torch.unique(kept).tolist():
             self.parted.setdefault(label, f"{why}: tells its channels apart")
 
     def _sign(self, labels: torch.Tensor, places: torch.Tensor, mixed: bool = False) -> None:
         """Adds to the signature of each label where it occurs."""
         self._signed += 1
-        found, which = labels.reshape(-1).unique(return_inverse=True)
+        found, which = torch.unique(labels.reshape(-1), return_inverse=True)
         hashes = places.reshape(-1)
         if mixed:
             hashes = (hashes + 1) * _PLACE
             hashes = (hashes ^ (hashes >> 29)) * _STEP
         total = torch.zeros(len(found), dtype=torch.long).index_add_(0, which, hashes)
-        self.signatures[found] = self.signatures[found] * _STEP + total + (self._signed * _PLACE) % 2**63
+        self.signatures[found] = (
+            self.signatures[found] * _STEP + total + (self._signed * _PLACE) % 2**63
+        )
 
     def _checked(
         self, node: fx.Node, rule: Callable[[Any, Call], Value] | None, call: Call

@@ -11,8 +11,8 @@ from zeroskip.ir.channel_groups import ChannelGroup, find_channel_groups
 from zeroskip.ir.channel_order import best_order
 from zeroskip.ir.channel_permutation import (
     Move,
-    PermutedChannels,
     Permutation,
+    PermutedChannels,
     columns_after,
 )
 from zeroskip.ir.errors import PatternError, RecipeError
@@ -129,7 +129,7 @@ class PermuteChannels(Pass):
             names = [linear.name for linear, _ in group.consumers if linear.name in wanted]
             if not names or all(self._is_done(known, name) for name in names):
                 continue
-            reason = self._refusal(program, group, wanted)
+            reason = self._refusal(program, group)
             bins = None if reason else _bins(group, names, self._pattern.m)
             if bins is None:
                 reason = reason or f"its groups of {self._pattern.m} hold channels of other blocks"
@@ -176,26 +176,18 @@ class PermuteChannels(Pass):
             self.pruner,
         )
 
-    def _refusal(
-        self, program: Program, group: ChannelGroup, wanted: Mapping[str, object]
-    ) -> str | None:
+    def _refusal(self, program: Program, group: ChannelGroup) -> str | None:
         """Why a group is left alone that could be permuted."""
         barred = {linear.name for linear in select_linears(program, self.exclude)}
         for linear, _ in group.consumers:
             if self.exclude and linear.name in barred:
                 return f"its channels are those of {linear.name} too, which is excluded"
-        roles = program.fact(Roles)
+        roles, touched = program.fact(Roles), _touched(program)
         for name in group.linears:
             if name in roles.shared | roles.heads:
                 return f"the weight of {name} is, or may be, read by something else too"
-            for kind in (Masks, SparseWeights):
-                fact = program.facts.get(kind)
-                if fact is not None and name in fact.masks:  # type: ignore[attr-defined]
-                    return f"{name} is already pruned: permute before"
-            for kind, names in ((QuantizedValues, "formats"), (Lowered, "operators")):
-                fact = program.facts.get(kind)
-                if fact is not None and name in getattr(fact, names):
-                    return f"{name} is already rounded or lowered: permute before"
+            if name in touched:
+                return f"{name} is already pruned, rounded or lowered: permute before"
         for member in group.members:
             if isinstance(program.weights.source(member.parameter), Masked | Rounded):
                 return f"{member.parameter} is already pruned or rounded: permute before"
@@ -227,6 +219,19 @@ class PermuteChannels(Pass):
         return found
 
 
+def _touched(program: Program) -> set[str]:
+    """The linears whose places mean something to what was decided about them."""
+    touched: set[str] = set()
+    for fact in program.facts.values():
+        if isinstance(fact, Masks | SparseWeights):
+            touched.update(fact.masks)
+        elif isinstance(fact, QuantizedValues):
+            touched.update(fact.formats)
+        elif isinstance(fact, Lowered):
+            touched.update(fact.operators)
+    return touched
+
+
 def _bins(group: ChannelGroup, names: Sequence[str], m: int) -> list[torch.Tensor] | None:
     """The slots of each group of N:M; None where one holds other channels, too, for some consumer."""
     keys, widths = [], []
@@ -236,7 +241,7 @@ def _bins(group: ChannelGroup, names: Sequence[str], m: int) -> list[torch.Tenso
             keys.append(places)
             widths.append((linear.in_features - places * m).clamp(max=m))
     key, width = torch.cat(keys), torch.cat(widths)
-    bins, which = key.unique(dim=1, return_inverse=True)
+    bins, which = torch.unique(key, dim=1, return_inverse=True)
     slots = [(which == number).nonzero().flatten() for number in range(bins.shape[1])]
     if any(bool((width[:, inside] != len(inside)).any()) for inside in slots):
         return None
