@@ -20,12 +20,14 @@ from zeroskip.passes.manager import (
 )
 from zeroskip.passes.observe import Observe
 from zeroskip.passes.pattern_pass import PatternPass
+from zeroskip.passes.prune_alps import PruneALPS
 from zeroskip.passes.prune_magnitude import PruneMagnitude
 from zeroskip.passes.prune_sparsegpt import PruneSparseGPT
 from zeroskip.passes.prune_wanda import PruneWanda
 from zeroskip.passes.pruner import Pruner
 from zeroskip.passes.quantize_values import QuantizeValues
 from zeroskip.passes.reconstruct_blocks import ReconstructBlocks
+from zeroskip.passes.refine_dsnot import RefineDSnoT
 from zeroskip.passes.shift_to_bias import ShiftToBias
 from zeroskip.passes.steer_scores import SteerScores
 from zeroskip.passes.trainer import Trainer
@@ -42,6 +44,8 @@ PASSES: dict[str, type[Pass]] = {
         PruneMagnitude,
         PruneSparseGPT,
         PruneWanda,
+        PruneALPS,
+        RefineDSnoT,
         ShiftToBias,
         ApplyMasks,
         ReconstructBlocks,
@@ -76,12 +80,14 @@ __all__ = [
     "PassResult",
     "PatternPass",
     "PipelineResult",
+    "PruneALPS",
     "PruneMagnitude",
     "PruneSparseGPT",
     "PruneWanda",
     "Pruner",
     "QuantizeValues",
     "ReconstructBlocks",
+    "RefineDSnoT",
     "ShiftToBias",
     "SteerScores",
     "Trainer",
