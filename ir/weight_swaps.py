@@ -72,7 +72,7 @@ def propose_swaps(
     moments: Moments,
     group: int | None = None,
     cycles: int = 50,
-    tolerance: float = 1e-3,
+    tolerance: float = 0.03,
     power: float = 1.0,
 ) -> Swaps:
     """Finds the swaps of Dynamic Sparse No Training: those that take the mean error e to zero.
@@ -159,6 +159,9 @@ def best_counts(
     It is exact where the Gram matrix is known, else as if channels were uncorrelated. 0 where no
     swap lowers it by more than rounding does.
     """
+    counts = torch.zeros(len(weight), dtype=torch.int64)
+    if not swaps.made.any():
+        return counts
     lost = weight.masked_fill(keep, 0)
     if moments.gram is not None:
         slope = (lost @ moments.gram).double()
@@ -166,7 +169,6 @@ def best_counts(
         exact = lost.double()
         slope = (exact @ moments.mean).unsqueeze(1) * moments.mean + exact * moments.variance
     error = (lost * slope).sum(1)
-    counts = torch.zeros(len(weight), dtype=torch.int64)
     for some in swaps.made.any(1).nonzero().squeeze(1).split(_ROWS):
         columns = torch.stack((swaps.pruned[some], swaps.grown[some]), 2).flatten(1)
         sign = torch.tensor([1.0, -1.0], dtype=torch.float64)

@@ -41,8 +41,9 @@ class RefineDSnoT(Pass):
     Args:
         cycles: At most so many swaps for a row.
         tolerance: A row ends when |e_i| is at most this share of what it would typically be if
-            inputs had random signs, sqrt(sum of W_ij^2 E[x_j^2]). The public code compares a sum
-            over tokens with 0.1, which depends on their number and on the model.
+            inputs had random signs, sqrt(sum of W_ij^2 E[x_j^2]); below the effect of one weight
+            swaps only swing around zero. The public code compares a sum over tokens with 0.1, which
+            depends on their number and on the model.
         power: Of the variance that divides the effect of a weight that may be grown.
         guard: Keep only swaps that lower the error.
         include: Shell-style patterns of linears. Empty: every one that has a mask.
@@ -65,7 +66,7 @@ class RefineDSnoT(Pass):
     """
 
     cycles: int = 50
-    tolerance: float = 1e-3
+    tolerance: float = 0.03
     power: float = 1.0
     guard: bool = True
     include: tuple[str, ...] = ()
