@@ -5,6 +5,7 @@ another's. All get the same calibration windows, but for presets, which get as m
 Results are written after every cell, and cells that are there already, measured under the same
 conditions, are not measured again: a run that was stopped goes on, and other methods and patterns
 can be added later.
+
     python benchmarks/methods.py [MODEL] [--methods NAME ...] [--patterns 50% 60% 70% 2:4 4:8]
         [--samples 32] [--sequence-length 512] [--calibration FILE] [--evaluate NAME=FILE ...]
         [--max-tokens 4096] [--window 1024] [--threads N] [--json FILE] [--plot FILE] [--tiny]
@@ -286,7 +287,8 @@ def print_tables(rows: Sequence[Row], patterns: Sequence[str]) -> None:
     dense = cells.get(("dense", ""))
 
     def show(title: str, value: Any) -> None:
-        table = Table("method", *patterns, title=title, title_justify="left")
+        console.print(title)
+        table = Table("method", *patterns)
         for method in methods:
             found = (cells.get((method, pattern)) for pattern in patterns)
             table.add_row(method, *("" if row is None else value(row) for row in found))

@@ -23,6 +23,7 @@ from zeroskip.passes.manager import (
 from zeroskip.passes.observe import Observe
 from zeroskip.passes.pattern_pass import PatternPass
 from zeroskip.passes.permute_channels import PermuteChannels
+from zeroskip.passes.prune_alps import PruneALPS
 from zeroskip.passes.prune_cvr import PruneCVR
 from zeroskip.passes.prune_magnitude import PruneMagnitude
 from zeroskip.passes.prune_ria import PruneRIA
@@ -32,6 +33,7 @@ from zeroskip.passes.prune_z import PruneZ
 from zeroskip.passes.pruner import Pruner
 from zeroskip.passes.quantize_values import QuantizeValues
 from zeroskip.passes.reconstruct_blocks import ReconstructBlocks
+from zeroskip.passes.refine_dsnot import RefineDSnoT
 from zeroskip.passes.shift_to_bias import ShiftToBias
 from zeroskip.passes.steer_scores import SteerScores
 from zeroskip.passes.trainer import Trainer
@@ -53,6 +55,8 @@ PASSES: dict[str, type[Pass]] = {
         PruneZ,
         PruneCVR,
         PruneRIA,
+        PruneALPS,
+        RefineDSnoT,
         ShiftToBias,
         CompensateEnergy,
         ApplyMasks,
@@ -91,6 +95,7 @@ __all__ = [
     "PatternPass",
     "PermuteChannels",
     "PipelineResult",
+    "PruneALPS",
     "PruneCVR",
     "PruneMagnitude",
     "PruneRIA",
@@ -100,6 +105,7 @@ __all__ = [
     "Pruner",
     "QuantizeValues",
     "ReconstructBlocks",
+    "RefineDSnoT",
     "ShiftToBias",
     "SteerScores",
     "Trainer",

@@ -38,6 +38,7 @@ from zeroskip.passes import (
     Pass,
     PassManager,
     PermuteChannels,
+    PruneALPS,
     PruneCVR,
     PruneMagnitude,
     PruneRIA,
@@ -45,6 +46,7 @@ from zeroskip.passes import (
     PruneZ,
     QuantizeValues,
     ReconstructBlocks,
+    RefineDSnoT,
     ShiftToBias,
     SteerScores,
 )
@@ -144,10 +146,20 @@ CASES: dict[str, Case] = {
         before=(Observe(),),
         reorders=tuple(SMALL),  # Sums run over channels.
     ),
+    "prune-alps": Case(
+        lambda _: PruneALPS(iterations=30),
+        PruneALPS("block:4x8:0.25", damping=0.1, rho=0.2, iterations=30, cg_steps=3, **NAMES),
+        before=(Observe(gram=True),),
+    ),
+    "refine-dsnot": Case(
+        lambda _: RefineDSnoT(),
+        RefineDSnoT(cycles=7, tolerance=0.01, power=0.5, guard=False, **NAMES),
+        before=(Observe(), PruneWanda("2:4")),
+    ),
     "apply-masks": Case(lambda _: ApplyMasks(), ApplyMasks(), before=(PruneMagnitude("2:4"),)),
     "reconstruct-blocks": Case(
         lambda _: ReconstructBlocks(epochs=1),
-        ReconstructBlocks(3, 0.5, 2, False, 0.3, 7, 9, **NAMES, loss="stage", inputs="both"),
+        ReconstructBlocks(3, 0.5, 3, False, 0.3, 7, 9, **NAMES, loss="stage", inputs="both"),
         before=(PruneMagnitude("2:4"), ApplyMasks()),
     ),
     "distill-outputs": Case(
@@ -352,6 +364,7 @@ def test_names_and_docstring(name: str) -> None:
     assert cls.name == name
     assert cls.__module__ == f"zeroskip.passes.{'_'.join(words)}"
     # Acronyms keep their spelling: PruneCVR.
+    # Capitals are as published, such as those of ALPS.
     assert cls.__name__.lower() == "".join(words)
     text = cls.__doc__ or ""
     same = "Before and after are the same program" in text
