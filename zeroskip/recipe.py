@@ -83,7 +83,7 @@ PRESETS = {
         passes:
           - observe: {gram: true}
           - prune-sparsegpt: {pattern: "{pattern}"}
-          - reconstruct-blocks: {epochs: 3}
+          - reconstruct-blocks: {epochs: 2}
         calibration: {samples: 64, sequence_length: 1024}
     """,
 }
