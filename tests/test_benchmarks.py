@@ -168,3 +168,13 @@ def test_methods_are_compared_and_a_run_goes_on(tmp_path: Path) -> None:
     assert "N:M" in notes["ria permuted", "50%"] or "no pass" in notes["ria permuted", "50%"]
     # What was measured is not measured again, to the second.
     assert second["results"][: len(first["results"])] == first["results"]
+
+
+def test_sparsegpt_is_timed_against_the_published_loop(tmp_path: Path) -> None:
+    quick = ("--sizes", "128", "--rounds", "1", "--threads", "1")
+    printed, document = run("sparsegpt_speed.py", tmp_path, *quick)
+    assert {row["pattern"] for row in document["results"]} == {"0.5 matrix", "2:4", "4:8"}
+    for row in document["results"]:
+        assert row["ratio"] > 0
+        assert 0.98 < row["error_ratio"] < 1.02
+    assert "ratio" in printed

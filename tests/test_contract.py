@@ -42,6 +42,7 @@ from zeroskip.passes import (
     PruneCVR,
     PruneMagnitude,
     PruneRIA,
+    PruneSparseGPT,
     PruneWanda,
     PruneZ,
     QuantizeValues,
@@ -155,6 +156,11 @@ CASES: dict[str, Case] = {
         lambda _: RefineDSnoT(),
         RefineDSnoT(cycles=7, tolerance=0.01, power=0.5, guard=False, **NAMES),
         before=(Observe(), PruneWanda("2:4")),
+    ),
+    "prune-sparsegpt": Case(
+        lambda _: PruneSparseGPT(),
+        PruneSparseGPT("4:8 pad", block_size=64, damping=0.1, preserve_mask=True, **NAMES),
+        before=(Observe(gram=True),),
     ),
     "apply-masks": Case(lambda _: ApplyMasks(), ApplyMasks(), before=(PruneMagnitude("2:4"),)),
     "reconstruct-blocks": Case(

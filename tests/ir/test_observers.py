@@ -250,3 +250,18 @@ def test_a_program_without_mask_counts_every_row(captured: Callable[[str], Progr
     program = dataclasses.replace(captured("llama"), padding_masks=())
     batch = ZOO["llama"].inputs(2, 9, padded=True)
     assert {edge.count for edge in observe(program, [batch]).edges.values()} == {18}
+
+
+def test_float32_gram_matrices_hold_over_many_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    observer = Observer(24, gram=True)
+    exact = torch.zeros(24, 24, dtype=torch.float64)
+    for _ in range(128):  # As many tokens as 128 windows of 1024.
+        x = torch.randn(1024, 24, generator=generator) + 5
+        x[:, 3] *= 1000
+        observer(x)
+        exact += x.double().T @ x.double()
+    gram = observer.statistics().gram
+    assert gram is not None
+    size = exact.diagonal().sqrt()
+    assert float(((gram.double() - exact) / size / size[:, None]).abs().max()) < 5e-6

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -151,3 +151,62 @@ class _Sums:
             (*key, (squares / max(self._counts[key], 1)).sqrt().float())
             for key, squares in self._squares.items()
         ]
+
+
+def published_share(weight: Tensor, inverse: Tensor, share: float) -> Tensor:
+    """Marks what `SparseGPT.fasterprune` prunes of a block: one more than the share, or ties."""
+    losses = weight**2 / inverse.diagonal() ** 2
+    threshold = torch.sort(losses.flatten())[0][int(losses.numel() * share)]
+    return losses <= threshold
+
+
+@torch.no_grad()
+def sparsegpt(
+    weight: Tensor,
+    hessian: Tensor,
+    choose: Callable[[int, Tensor, Tensor], Tensor],
+    groups: tuple[int, int] | None = None,
+    block_size: int = 128,
+    damping: float = 0.01,
+) -> Tensor:
+    """Prunes one linear as `SparseGPT.fasterprune` does, step by step.
+
+    Args:
+        weight: [out, in].
+        hessian: [in, in].
+        choose: Returns what to prune of a block, from its first column, its weights and its part of
+            the upper Cholesky factor of the inverse.
+        groups: For N:M, how many of how many are pruned; `choose` is not called then.
+        block_size: Columns of a block.
+        damping: Share of the mean diagonal that is added to the diagonal.
+    """
+    weight, hessian = weight.clone(), hessian.clone()
+    width = weight.shape[1]
+    dead = hessian.diagonal() == 0
+    hessian[dead, dead] = 1
+    weight[:, dead] = 0
+    every = torch.arange(width)
+    hessian[every, every] += damping * hessian.diagonal().mean()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    inverse = torch.linalg.cholesky(inverse, upper=True)
+    for start in range(0, width, block_size):
+        end = min(start + block_size, width)
+        block, part = weight[:, start:end].clone(), inverse[start:end, start:end]
+        kept, errors = torch.zeros_like(block), torch.zeros_like(block)
+        pruned = torch.zeros_like(block, dtype=torch.bool)
+        if groups is None:
+            pruned = choose(start, block, part)
+        for j in range(end - start):
+            if groups is not None and j % groups[1] == 0:
+                group = slice(j, j + groups[1])
+                losses = block[:, group] ** 2 / part.diagonal()[group] ** 2
+                least = torch.topk(losses, groups[0], dim=1, largest=False)[1]
+                pruned.scatter_(1, j + least, True)
+            column = block[:, j].clone()
+            kept[:, j] = column.masked_fill(pruned[:, j], 0)
+            error = (column - kept[:, j]) / part[j, j]
+            block[:, j:] -= error.unsqueeze(1).matmul(part[j, j:].unsqueeze(0))
+            errors[:, j] = error
+        weight[:, start:end] = kept
+        weight[:, end:] -= errors.matmul(inverse[start:end, end:])
+    return weight
