@@ -38,6 +38,10 @@ class Fact(ABC):
     def restrict(self: Self, linears: Iterable[str]) -> Self:
         """Returns the part of the fact that is about these linears."""
 
+    def within(self: Self, program: Program) -> Self:
+        """Returns the part of the fact that is about parameters of this program: most is, or none."""
+        return self
+
     @abstractmethod
     def merge(self: Self, other: Self) -> Self:
         """Returns the fact that holds both; what the other says wins."""

@@ -181,6 +181,15 @@ class ScaleGroups(Fact):
         groups = {n: g for n, g in self.groups.items() if g.linears and names.issuperset(g.linears)}
         return ScaleGroups(groups, tuple(r for r in self.refusals if r.linear in names))
 
+    def within(self, program: Program) -> ScaleGroups:
+        """Leaves out groups of which a gain lies elsewhere, such as the norm that ends a layer."""
+        groups = {
+            name: group
+            for name, group in self.groups.items()
+            if all(parameter in program.weights for parameter in group.parameters)
+        }
+        return ScaleGroups(groups, self.refusals)
+
     def merge(self, other: ScaleGroups) -> ScaleGroups:
         refusals = dict.fromkeys([*self.refusals, *other.refusals])
         return ScaleGroups({**self.groups, **other.groups}, tuple(refusals))

@@ -32,12 +32,15 @@ def extract_stage(program: Program, stage: Stage, calibration: Sequence[Batch]) 
 
     Returns:
         A Program whose placeholders are the stage's inputs followed by those of the program's own
-        inputs that it needs, and whose outputs are named after the nodes that compute them.
+        inputs that it needs, and whose outputs are named after the nodes that compute them. Padding
+        masks come along in any case: statistics leave padding out.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     entering = set(stage.inputs)
     needed = _ancestors(stage.nodes, entering)
+    inputs = program.graph.find_nodes(op="placeholder")
+    needed |= {node for node in inputs if node.target in program.padding_masks}
     for node in stage.inputs:
         copies[node] = _placeholder(graph, node.name, node)
     for node in program.graph.nodes:
@@ -63,7 +66,8 @@ def extract_stage(program: Program, stage: Stage, calibration: Sequence[Batch]) 
         padding_masks=tuple(n for n in program.padding_masks if n in names),
     )
     linears = [linear.name for linear in find_linears(part)]
-    return part.with_fact(*(fact.restrict(linears) for fact in program.facts.values()))
+    facts = [fact.restrict(linears).within(part) for fact in program.facts.values()]
+    return part.with_fact(*facts)
 
 
 def _ancestors(nodes: Iterable[fx.Node], entering: Container[fx.Node]) -> set[fx.Node]:

@@ -67,7 +67,8 @@ class InduceSparsity(Pass):
         limit: Bound of the scales.
         kappa: See `init`; 1 is the paper's.
         mean_weight: See `init`; the paper's g is only said to be monotone.
-        held_out: Share of the batches that only the choice at the end sees, at least one batch.
+        held_out: Share of the batches that only the choice at the end sees: at least one, and at least
+            one is left to learn from. A single batch has to serve for both.
         guard: Make that choice; without it, what was learned is folded.
         literal: The paper as published: its init (kappa 1), hard masks, exp(-alpha * sum ||W||_p),
             |W| sqrt(diag H) s as Wanda's score, and shifts of inputs where biases can take them.

@@ -77,9 +77,9 @@ def learn_scales(
         schedule: How.
     """
     count = len(program.calibration)
-    held = math.ceil(schedule.held_out * count)
+    held = min(math.ceil(schedule.held_out * count), count - 1)
     # The last ones, which training does not see; a single batch has to serve for both.
-    seen, held_out = range(max(count - held, 1)), range(min(count - held, count - 1), count)
+    seen, held_out = range(count - held), range(count - max(held, 1), count)
     with StageError(program) as error:
         induction = Induction(program, error, linears, groups, objective)
 

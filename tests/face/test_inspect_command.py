@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from transformers import LlamaForCausalLM
+
 from tests.face.test_cli import run
+from tests.face.test_models import write_gguf
 from zeroskip.ir.scale_groups import Consumer, Refusal, ScaleGroup, ScaleGroups, Shift
 from zeroskip.scale_table import scales_json, scales_table
 
@@ -56,6 +59,20 @@ def test_json_is_complete(capsys: pytest.CaptureFixture[str], checkpoint: Path) 
         "side": "outputs",
         "reason": "it leaves the program",
     } in found["refusals"]
+
+
+def test_a_gguf_file_has_the_groups_of_the_directory(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path, model: LlamaForCausalLM
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", model)
+    code, out, err = run(capsys, "inspect", tmp_path / "tiny.gguf", "--scales", "--json")
+    assert code == 0, err
+    _, expected, _ = run(capsys, "inspect", checkpoint, "--scales", "--json")
+    assert json.loads(out) == json.loads(expected)
+    code, out, err = run(capsys, "inspect", tmp_path / "tiny.gguf", "--scales")
+    assert code == 0, err
+    assert "\n11 groups\n" in out
+    assert "silu at silu, silu_1: not known to keep them" in out
 
 
 def test_signs_shifts_and_experts_are_shown() -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from tests.small import small_model, small_program
-from tests.zoo import ZOO
+from tests.zoo import VOCABULARY, ZOO, randomize
 from zeroskip import compile_sparse
 from zeroskip.ir.capture import capture
 from zeroskip.ir.errors import CompileError, RequirementError
@@ -33,6 +34,7 @@ from zeroskip.passes import (
     PruneMagnitude,
     PruneWanda,
     QuantizeValues,
+    SteerScores,
 )
 from zeroskip.passes.base import TOLERANCES, measure_drift
 from zeroskip.passes.fold_scales import METHODS
@@ -302,6 +304,16 @@ def test_wanda_chooses_the_same_whatever_is_folded(method: str) -> None:
         assert all(torch.equal(after[name], alone[name]) for name in alone)
 
 
+def test_scores_that_are_steered_do_not_change_either() -> None:
+    program = small_program("llama")
+    steered = (Observe(gram=True), SteerScores("prune-wanda", "2:4", steps=4), PruneWanda("2:4"))
+    alone = masks_of(program, *steered)
+    steps = (FindScaleGroups(), Observe(gram=True), FoldScales(power_of_two=True), *steered[1:])
+    with pytest.warns(UserWarning, match="changes nothing that prune-wanda decides"):
+        after = masks_of(program, *steps)
+    assert all(torch.equal(after[name], alone[name]) for name in alone)
+
+
 def test_what_a_fold_does_change_is_not_warned_of() -> None:
     program = small_program("llama")
     folding = (FindScaleGroups(), Observe(), FoldScales())
@@ -524,6 +536,52 @@ def test_include_and_exclude_choose_groups_by_their_readers() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])
+def post_norm_program() -> Program:
+    """An OPT-350M: norms behind the residual, and projections in front of and behind the layers."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_dim": 48}
+    config = hf.OPTConfig(
+        vocab_size=VOCABULARY,
+        word_embed_proj_dim=24,
+        do_layer_norm_before=False,
+        max_position_embeddings=64,
+        **sizes,
+    )
+    torch.manual_seed(0)
+    model = hf.OPTForCausalLM(config).eval()
+    randomize(model)
+    inputs = ZOO["opt"].inputs
+    program = capture(model, inputs())
+    return dataclasses.replace(program, calibration=(inputs(2, 9), inputs(3, 11, padded=True)))
+
+
+def test_a_norm_that_ends_a_layer_and_an_embedding_that_is_a_head() -> None:
+    program = FindScaleGroups()(post_norm_program()).program
+    groups = program.fact(ScaleGroups).groups
+    decoder = "model.decoder."
+    norm = f"{decoder}layers.2.final_layer_norm.weight -> {decoder}project_out.weight"
+    embedding = f"{decoder}embed_tokens.weight -> {decoder}project_in.weight"
+    signs = [int(reader.exponents[0]) for reader in groups[embedding].consumers]
+    assert signs == [1, -1]  # What shrinks for the projection grows for the head.
+    everything = ("*",)
+    passes = [Observe(include=everything), FoldScales(include=everything)]
+    result = PassManager(passes)(program).program
+    # Layer by layer, a norm and the linear behind its layer are in two parts.
+    folded = result.fact(FoldedScales)
+    assert folded.folds
+    assert folded.folds.keys().isdisjoint({norm, embedding})
+    # All at once they are folded, and statistics follow, padding left out.
+    observed = Observe(include=everything)(program).program
+    whole = fold(observed, FoldScales(include=everything))
+    assert whole.fact(FoldedScales).folds.keys() >= {norm, embedding}
+    for program in (result, whole):
+        known = program.fact(Statistics).edges
+        fresh = Observe(include=everything)(program).program.fact(Statistics).edges
+        for name, edge in fresh.items():
+            assert known[name].count == edge.count
+            found, expected = known[name].total_of_squares, edge.total_of_squares
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+
+
 def test_stage_by_stage_is_as_all_at_once(name: str, captured: Callable[[str], Program]) -> None:
     entry = ZOO[name]
     program = dataclasses.replace(captured(name), calibration=(entry.inputs(3, 11),))

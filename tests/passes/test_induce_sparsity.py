@@ -280,6 +280,36 @@ def test_what_training_started_from_is_kept_where_training_does_harm(
         assert torch.equal(start.weights[name], found.weights[name])
 
 
+@pytest.mark.parametrize(
+    ("count", "share", "seen", "judging"),
+    [(8, 0.25, 6, [6, 7]), (4, 0.9, 1, [1, 2, 3]), (2, 0.1, 1, [1]), (1, 0.25, 1, [0])],
+)
+def test_what_judges_was_not_learned_from(
+    count: int, share: float, seen: int, judging: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = program_of("llama", batches=count)
+    trained_on: list[int] = []
+    judged_on: list[int] = []
+    train, error = scale_learning._train, Induction.error
+
+    def training(induction: Induction, batches: Sequence[int], *rest: object) -> object:
+        trained_on.extend(batches)
+        return train(induction, batches, *rest)  # type: ignore[arg-type]
+
+    def judging_by(
+        self: Induction, index: int, logs: dict[str, Tensor], shifts: dict[str, Tensor]
+    ) -> Tensor:
+        if not torch.is_grad_enabled():
+            judged_on.append(index)
+        return error(self, index, logs, shifts)
+
+    monkeypatch.setattr(scale_learning, "_train", training)
+    monkeypatch.setattr(Induction, "error", judging_by)
+    InduceSparsity(epochs=1, held_out=share)(program)
+    assert trained_on == list(range(seen))
+    assert sorted(set(judged_on)) == judging
+
+
 # The paper as published.
 
 
