@@ -99,12 +99,13 @@ int32_t check(const zs_weight& w, char* message) {
   return 0;
 }
 
-// Whether each 16 columns keep 8; random weights of half density are found out by their first words.
-bool is_even(const zs_weight& w, int64_t words) {
+// Whether each `columns` columns keep half; random weights are found out by their first words.
+bool is_even(const zs_weight& w, int64_t words, int columns) {
   if (w.columns % 64 || w.row_offsets[w.rows] != w.rows * words * 32) return false;
   for (int64_t i = 0; i < w.rows * words; i++)
-    for (int quarter = 0; quarter < 64; quarter += 16)
-      if (count_bits(w.bitmask[i] >> quarter & 0xffff) != 8) return false;
+    for (int first = 0; first < 64; first += columns)
+      if (count_bits(w.bitmask[i] >> first & (((uint64_t)1 << columns) - 1)) != columns / 2)
+        return false;
   return true;
 }
 
@@ -123,7 +124,8 @@ Weight view(const zs_weight& w) {
   v.blocks = whole ? 1 : (v.words + v.block_words - 1) / v.block_words;
   const double total = (double)w.rows * (double)w.columns;
   v.density = total > 0 ? (double)w.row_offsets[w.rows] / total : 0;
-  v.even = is_even(w, v.words);
+  v.even = is_even(w, v.words, 16);
+  v.even_eights = v.even && is_even(w, v.words, 8);
   return v;
 }
 

@@ -13,9 +13,8 @@ struct NeonDotInt8 : NeonInt8Base<NeonDotInt8> {
   using Element = int8_t;
   static constexpr int kStep = 16, kFixedOffset = 128;
 
-  static Sum accumulate(Sum sum, const int8_t* w, const int8_t* x) {
-    return vdotq_s32(sum, vld1q_s8(w), vld1q_s8(x));
-  }
+  static int8x16_t load(const int8_t* from) { return vld1q_s8(from); }
+  static Sum accumulate(Sum sum, int8x16_t w, int8x16_t x) { return vdotq_s32(sum, w, x); }
 
   static const int8_t* unpack(const int8_t* value, uint64_t bits, int8_t* to) {
     const uint64_t count = counts(bits);

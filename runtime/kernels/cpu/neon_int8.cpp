@@ -12,9 +12,9 @@ struct NeonInt8 : NeonInt8Base<NeonInt8> {
   using Element = int16_t;
   static constexpr int kStep = 8, kFixedOffset = -1;
 
-  static Sum accumulate(Sum sum, const int16_t* w, const int16_t* x) {
-    const int16x8_t a = vld1q_s16(w), b = vld1q_s16(x);
-    return vmlal_high_s16(vmlal_s16(sum, vget_low_s16(a), vget_low_s16(b)), a, b);
+  static int16x8_t load(const int16_t* from) { return vld1q_s16(from); }
+  static Sum accumulate(Sum sum, int16x8_t w, int16x8_t x) {
+    return vmlal_high_s16(vmlal_s16(sum, vget_low_s16(w), vget_low_s16(x)), w, x);
   }
 
   static const int8_t* unpack(const int8_t* value, uint64_t bits, int16_t* to) {

@@ -10,7 +10,8 @@
 namespace zs {
 
 // A checked weight. `density` is the share of kept weights, between 0 and 1; `even` says that 8 of
-// every 16 columns are kept throughout, as in 2:4 and 4:8 weights of whole words.
+// every 16 columns are kept throughout, as in 2:4 and 4:8 weights of whole words, and `even_eights`
+// that 4 of every 8 are.
 struct Weight {
   int64_t rows, columns, words;  // words: uint64 of bitmask in a row
   const uint64_t* bitmask;
@@ -21,7 +22,7 @@ struct Weight {
   int64_t blocks;       // scales in a row
   zs_value_type type;
   double density;
-  bool even;
+  bool even, even_eights;
 };
 
 inline size_t value_bytes(zs_value_type type) {

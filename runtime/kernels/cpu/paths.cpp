@@ -6,8 +6,11 @@ namespace zs {
 #ifdef ZS_HAVE_AVX2
 extern const Path avx2_dot;
 extern const Path avx2_tile;
+extern const Path avx2_gather;
 extern const Path avx2_skip;
+extern const Path avx2_throughput;
 extern const Path avx2_int8;
+extern const Path avx2_int8_dot;
 #endif
 #ifdef ZS_HAVE_NEON
 extern const Path neon_dot;
@@ -40,8 +43,11 @@ static const Path* const kPaths[] = {
 #ifdef ZS_HAVE_AVX2
     &avx2_dot,
     &avx2_tile,
+    &avx2_gather,
     &avx2_skip,
+    &avx2_throughput,
     &avx2_int8,
+    &avx2_int8_dot,
 #endif
 #ifdef ZS_HAVE_NEON
     &neon_dot,

@@ -4,7 +4,7 @@
 //   Sum                      a register of int32
 //   kTokens                  rows of x that are multiplied at once
 //   kFixedOffset             what is subtracted from q; -1: the zero point of its row
-//   zero, accumulate(sum, w, x), kStep    sum += w . x over kStep elements
+//   zero, load(from), accumulate(sum, w, x), kStep    sum += w . x over kStep elements
 //   sum4(a, b, c, d, out[4])
 //   unpack(value, bits, to)  64 weights of which those with a bit are the next values; returns
 //                            where the values go on
@@ -24,8 +24,9 @@ struct SimdInt8 {
   using Element = typename S::Element;
   using Sum = typename S::Sum;
 
-  // 4 rows of W by 512 columns: 16 KiB at most, and 512 * 255 * 128 is far from 2^31.
-  static constexpr int64_t kRows = 4, kWords = 8, kColumns = kWords * 64;
+  // 16 rows of W by 512 columns, multiplied 4 rows at a time: what is read of x serves them all.
+  // 16 KiB at most, and 512 * 255 * 128 is far from 2^31.
+  static constexpr int64_t kRows = 16, kWords = 8, kColumns = kWords * 64;
 
   static bool serves(const Weight& w, int64_t, int32_t level) {
     return w.type == ZS_INT8 && level == 4;
@@ -61,10 +62,14 @@ struct SimdInt8 {
     Sum part[M][4];
     for (int t = 0; t < M; t++)
       for (int r = 0; r < 4; r++) part[t][r] = S::zero();
-    for (int64_t k = 0; k < columns; k += S::kStep)
-      for (int r = 0; r < 4; r++)
-        for (int t = 0; t < M; t++)
-          part[t][r] = S::accumulate(part[t][r], tile + r * kColumns + k, x + t * stride + k);
+    for (int64_t k = 0; k < columns; k += S::kStep) {
+      decltype(S::load(x)) at[M];
+      for (int t = 0; t < M; t++) at[t] = S::load(x + t * stride + k);
+      for (int r = 0; r < 4; r++) {
+        const auto weights = S::load(tile + r * kColumns + k);
+        for (int t = 0; t < M; t++) part[t][r] = S::accumulate(part[t][r], weights, at[t]);
+      }
+    }
     for (int t = 0; t < M; t++) S::sum4(part[t][0], part[t][1], part[t][2], part[t][3], out[t]);
   }
 
@@ -81,16 +86,19 @@ struct SimdInt8 {
     const int64_t stride = w.words * 64;
     const Element* x = (const Element*)c.workspace + m * stride + at.word * 64;
     const RowScale* scales = (const RowScale*)(c.workspace + x_bytes(w, c.m));
-    int32_t out[M][4];
-    multiply<M>(tile, x, stride, at.words * 64, out);
-    for (int t = 0; t < M; t++) {
-      const RowScale& row = scales[m + t];
-      float* y = c.y + (m + t) * w.rows + at.n;
-      for (int64_t r = 0; r < at.count; r++) {
-        const float before = at.word ? y[r] : c.bias ? c.bias[at.n + r] : 0.0f;
-        int32_t product = out[t][r];
-        if (S::kFixedOffset >= 0) product += (S::kFixedOffset - row.zero_point) * at.sum[r];
-        y[r] = before + (float)product * (row.scale * at.scale[r]);
+    for (int64_t first = 0; first < at.count; first += 4) {
+      int32_t out[M][4];
+      multiply<M>(tile + first * kColumns, x, stride, at.words * 64, out);
+      const int64_t last = std::min(at.count, first + 4);
+      for (int t = 0; t < M; t++) {
+        const RowScale& row = scales[m + t];
+        float* y = c.y + (m + t) * w.rows + at.n;
+        for (int64_t r = first; r < last; r++) {
+          const float before = at.word ? y[r] : c.bias ? c.bias[at.n + r] : 0.0f;
+          int32_t product = out[t][r - first];
+          if (S::kFixedOffset >= 0) product += (S::kFixedOffset - row.zero_point) * at.sum[r];
+          y[r] = before + (float)product * (row.scale * at.scale[r]);
+        }
       }
     }
   }
