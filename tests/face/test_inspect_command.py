@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from transformers import LlamaForCausalLM
 
 from tests.face.test_cli import run

@@ -52,9 +52,15 @@ CASES: dict[str, Case] = {
     "gptj": (
         lambda: hf.GPTJForCausalLM(
             hf.GPTJConfig(
-                **{"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 1, "n_head": 4},
-                **{"n_inner": 48, "rotary_dim": 4, "n_positions": 64},
-                **{"bos_token_id": 1, "eos_token_id": 2},
+                vocab_size=VOCABULARY,
+                n_embd=32,
+                n_layer=1,
+                n_head=4,
+                n_inner=48,
+                rotary_dim=4,
+                n_positions=64,
+                bos_token_id=1,
+                eos_token_id=2,
             )
         ),
         {
@@ -113,8 +119,10 @@ CASES: dict[str, Case] = {
             "kv_a_layernorm -> kv_b_proj": ("kv_b_proj", 20),
             "kv_b_proj -> o_proj": ("o_proj", 4 * 12),
             "post_attention_layernorm -> gate": (
-                "gate gate_up_proj[0] gate_up_proj[1] gate_up_proj[2] gate_up_proj[3] gate_proj "
-                "up_proj",
+                (
+                    "gate gate_up_proj[0] gate_up_proj[1] gate_up_proj[2] gate_up_proj[3] gate_proj "
+                    "up_proj"
+                ),
                 32,
             ),
             "gate_up_proj -> down_proj": (
@@ -144,8 +152,10 @@ CASES: dict[str, Case] = {
             "k_proj -> q_proj": ("", 2 * 4),
             "v_proj -> o_proj": ("o_proj", 16),
             "post_attention_layernorm -> gate_proj": (
-                "gate_proj up_proj gate gate_up_proj[0] gate_up_proj[1] gate_up_proj[2] "
-                "gate_up_proj[3] shared_expert_gate",
+                (
+                    "gate_proj up_proj gate gate_up_proj[0] gate_up_proj[1] gate_up_proj[2] "
+                    "gate_up_proj[3] shared_expert_gate"
+                ),
                 32,
             ),
             "up_proj -> down_proj": ("down_proj", 24),
