@@ -20,7 +20,7 @@ from zeroskip.ir.scale_groups import ScaleGroup, ScaleGroups
 from zeroskip.ir.selection import check_selection, select_linears
 from zeroskip.passes.base import Pass, Scope
 from zeroskip.passes.exact_folding import fold_exactly
-from zeroskip.passes.pattern_pass import PatternPass
+from zeroskip.passes.pattern_pass import next_unmoved_by_scales
 from zeroskip.passes.scale_methods import (
     activation_scales,
     equalizing_scales,
@@ -115,8 +115,8 @@ class FoldScales(Pass):
         return frozenset(n.name for n in select_linears(program, self.include, self.exclude))
 
     def warning(self, later: Sequence[Pass]) -> str | None:
-        pruner = next((step for step in later if isinstance(step, PatternPass)), None)
-        if pruner is None or not pruner.ignores_input_scales:
+        pruner = next_unmoved_by_scales(later)
+        if pruner is None:
             return None
         if self.method == "unfold" and not self.scales:
             return None

@@ -23,7 +23,7 @@ from zeroskip.ir.shift_folding import fold_shift, why_not_shifted
 from zeroskip.passes.base import Pass, Scope
 from zeroskip.passes.exact_folding import Reference, fold_exactly, tolerance
 from zeroskip.passes.observe import Observe
-from zeroskip.passes.pattern_pass import PatternPass
+from zeroskip.passes.pattern_pass import PatternPass, next_unmoved_by_scales
 from zeroskip.passes.scale_learning import Learned, Schedule, learn_scales
 from zeroskip.passes.scale_methods import activation_scales, normalized, seen_consumers
 
@@ -196,15 +196,14 @@ class InduceSparsity(Pass):
         return frozenset(n.name for n in select_linears(program, self.include, self.exclude))
 
     def warning(self, later: Sequence[Pass]) -> str | None:
-        pruner = next((step for step in later if isinstance(step, PatternPass)), None)
-        if pruner is None:
-            return None
-        if pruner.ignores_input_scales and not (self.literal and self.shift):
+        unmoved = next_unmoved_by_scales(later)
+        if unmoved is not None and not (self.literal and self.shift):
             return (
-                f"{self.name} changes nothing that {pruner.name} decides: its scores "
+                f"{self.name} changes nothing that {unmoved.name} decides: its scores "
                 "are compared where a scale cancels out of them"
             )
-        if pruner.pattern != self.pattern:
+        pruner = next((step for step in later if isinstance(step, PatternPass)), None)
+        if pruner is not None and pruner.pattern != self.pattern:
             return f"{self.name} learns for {self.pattern}, {pruner.name} prunes {pruner.pattern}"
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ import torch
 
 from zeroskip.ir.budgets import Budgets
 from zeroskip.ir.errors import CompileError, PatternError
-from zeroskip.ir.facts import EdgeStatistics
+from zeroskip.ir.facts import EdgeStatistics, ScoreMultipliers
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.patterns import SparsityPattern, Unstructured, parse_pattern
 from zeroskip.ir.program import Program
@@ -101,6 +102,19 @@ class PatternPass(Pass):
                 next_step="repair the checkpoint; a model with NaN or inf cannot be pruned",
             )
         return weight
+
+
+def next_unmoved_by_scales(later: Sequence[Pass]) -> PatternPass | None:
+    """Returns the next pruner if nothing that it decides depends on scales folded before it.
+
+    What steers its scores or says how much it keeps sees the weights as they are, rows too.
+    """
+    for step in later:
+        if ScoreMultipliers in step.provides or Budgets in step.provides:
+            return None
+        if isinstance(step, PatternPass):
+            return step if step.ignores_input_scales else None
+    return None
 
 
 def saw_too_little(linear: Linear, edge: EdgeStatistics) -> bool:

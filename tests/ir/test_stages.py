@@ -152,13 +152,15 @@ def test_batches_are_seen_through_the_inputs_of_the_stage(
             return super().__getitem__(name)
 
     inputs = ZOO["llama"].inputs()
-    batches = [Watched(inputs), Watched(inputs), Watched(inputs)]
+    batches = [Watched({**inputs, "more": inputs["input_ids"]}) for _ in range(3)]
     first = extract_stage(program, find_stages(program)[0], batches)
-    assert set(loads) == set(first.inputs) == {"input_ids"}
+    # Embeddings need no mask; statistics do.
+    assert set(loads) == set(first.inputs) == {"input_ids", "attention_mask"}
+    assert first.padding_masks == ("attention_mask",)
     assert len(first.calibration) == 3
     loads.clear()
-    assert set(first.calibration[2]) == {"input_ids"}
-    assert loads == ["input_ids"]
+    assert set(first.calibration[2]) == {"input_ids", "attention_mask"}
+    assert sorted(loads) == ["attention_mask", "input_ids"]
 
 
 def edge(width: int) -> EdgeStatistics:

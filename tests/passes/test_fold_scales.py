@@ -304,14 +304,17 @@ def test_wanda_chooses_the_same_whatever_is_folded(method: str) -> None:
         assert all(torch.equal(after[name], alone[name]) for name in alone)
 
 
-def test_scores_that_are_steered_do_not_change_either() -> None:
+def test_scores_that_are_steered_feel_what_scales_rows() -> None:
     program = small_program("llama")
     steered = (Observe(gram=True), SteerScores("prune-wanda", "2:4", steps=4), PruneWanda("2:4"))
     alone = masks_of(program, *steered)
-    steps = (FindScaleGroups(), Observe(gram=True), FoldScales(power_of_two=True), *steered[1:])
-    with pytest.warns(UserWarning, match="changes nothing that prune-wanda decides"):
-        after = masks_of(program, *steps)
-    assert all(torch.equal(after[name], alone[name]) for name in alone)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # It would not be true that nothing changes.
+        folding = (steered[0], FoldScales(power_of_two=True), *steered[1:])
+        after = masks_of(program, FindScaleGroups(), *folding)
+    changed = {name for name in alone if not torch.equal(after[name], alone[name])}
+    # Values and the upper half of the MLP: their outputs are inputs of others.
+    assert changed == {f"{LAYER}{part}_proj.weight" for part in ("self_attn.v", "mlp.up")}
 
 
 def test_what_a_fold_does_change_is_not_warned_of() -> None:
@@ -579,7 +582,8 @@ def test_a_norm_that_ends_a_layer_and_an_embedding_that_is_a_head() -> None:
         for name, edge in fresh.items():
             assert known[name].count == edge.count
             found, expected = known[name].total_of_squares, edge.total_of_squares
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+            noise = 1e-6 * float(expected.max())  # of a channel that is a small difference
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=noise)
 
 
 def test_stage_by_stage_is_as_all_at_once(name: str, captured: Callable[[str], Program]) -> None:

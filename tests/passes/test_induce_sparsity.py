@@ -37,6 +37,7 @@ from zeroskip.passes import (
     PassManager,
     PruneMagnitude,
     PruneWanda,
+    SteerScores,
     scale_learning,
 )
 from zeroskip.passes.base import TOLERANCES, measure_drift, relative_drift
@@ -538,6 +539,8 @@ def test_warnings() -> None:
     assert InduceSparsity("2:4").warning([Observe(), magnitude]) is None
     assert InduceSparsity("2:4").warning([]) is None
     assert "changes nothing" in str(InduceSparsity("2:4").warning([wanda]))
+    steered = [SteerScores("prune-wanda", "2:4"), wanda]
+    assert InduceSparsity("2:4").warning(steered) is None
     assert "learns for 0.5" in str(InduceSparsity().warning([magnitude]))
 
 
