@@ -11,7 +11,7 @@ from zeroskip.ir.errors import CompileError, RecipeError, RequirementError
 from zeroskip.ir.facts import Mask, Masks, Statistics
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.optimal_surgery import HessianRoot, hessian_root, prune_columns
-from zeroskip.ir.patterns import SparsityPattern
+from zeroskip.ir.patterns import NM, SparsityPattern, Unstructured, parse_pattern
 from zeroskip.ir.program import Program
 from zeroskip.passes.updating_pruner import UpdatingPruner
 
@@ -66,6 +66,15 @@ class PruneSparseGPT(UpdatingPruner):
                 pass_name=self.name,
                 next_step="leave it out to take the default",
             )
+
+    @property
+    def ignores_input_scales(self) -> bool:
+        """Without damping, as H then shrinks with its inputs; a Gram matrix that needs some feels it."""
+        pattern = parse_pattern(self.pattern)
+        by_row = isinstance(pattern, NM) or (
+            isinstance(pattern, Unstructured) and pattern.comparison == "row"
+        )
+        return self.damping == 0 and (by_row or self.preserve_mask)
 
     def run(self, program: Program) -> Program:
         if self.preserve_mask and Masks not in program.facts:
