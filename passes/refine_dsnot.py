@@ -31,8 +31,8 @@ class RefineDSnoT(Pass):
     after the swap where E[(d_i x)^2], d_i what it prunes, is least, or makes none. That is exact
     after `Observe(gram=True)`, else it is taken as if channels were uncorrelated.
 
-    Its place is between the pruner and `ApplyMasks`, before `ShiftToBias`, which removes the mean
-    error altogether where there are biases. Masks that it refined already, and experts that few
+    Its place is between the pruner and `ApplyMasks`, before `ShiftToBias`, which takes up what is
+    left of the mean error where there are biases. Masks that it refined already, and experts that few
     calibration tokens reached, are left as they are.
 
     Refuses masks that were applied, or made up for by a bias, already; block patterns, whose weights

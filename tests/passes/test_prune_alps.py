@@ -378,7 +378,7 @@ def test_equal_scores_are_pruned_in_order() -> None:
     assert torch.equal(keep, (torch.arange(8) >= 4).expand(3, 8))
 
 
-@pytest.mark.parametrize("pattern", ["50%", "50% matrix", "2:4"])
+@pytest.mark.parametrize("pattern", ["50% matrix", "2:4"])
 def test_the_same_bytes_twice_and_the_same_masks_with_two_threads(pattern: str) -> None:
     weight, gram, _ = problem(11, rows=40, width=64)
     threads = torch.get_num_threads()
@@ -394,7 +394,7 @@ def test_the_same_bytes_twice_and_the_same_masks_with_two_threads(pattern: str) 
     torch.testing.assert_close(found[0][0], found[2][0], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "moe"])
+@pytest.mark.parametrize("name", ["gpt2", "moe"])
 def test_every_linear_has_less_error_than_with_wanda(name: str) -> None:
     # gpt2 stores its weights transposed, moe in one tensor for all experts of a layer.
     program = small_program(name)
