@@ -287,8 +287,8 @@ def _values_at(scores: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
         return ordered.gather(1, (count - 1).clamp_min(0))
     if scores.device.type != "cpu" or scores.dtype not in (torch.float32, torch.float64):
         return scores.kthvalue(count, dim=1, keepdim=True).values
-    ordered = np.partition(scores.numpy(), count - 1, axis=1)
-    return torch.from_numpy(ordered[:, count - 1 : count].copy())
+    selected = np.partition(scores.numpy(), count - 1, axis=1)
+    return torch.from_numpy(selected[:, count - 1 : count].copy())
 
 
 def _keep_in_groups(groups: torch.Tensor, n: int) -> torch.Tensor:

@@ -69,7 +69,8 @@ def choice_of(
 
 def losses(weight: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
     """Returns by how much pruning each weight alone raises the squared error, [columns, out]."""
-    return (weight * root.diagonal()[:, None]).square_()
+    found: torch.Tensor = (weight * root.diagonal()[:, None]).square_()
+    return found
 
 
 def _bare_losses(weight: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
@@ -133,7 +134,8 @@ class _Rows(Choice):
         self.width = width
         scores = _bare_losses(weight, root).T.contiguous()
         pruned = least_of_rows(scores, pruned_count(pattern.sparsity, scores.shape[1]))
-        self.counts = [part.sum(1, keepdim=True) for part in pruned.split(width, 1)]
+        starts = range(0, pruned.shape[1], width)
+        self.counts = [pruned[:, i : i + width].sum(1, keepdim=True) for i in starts]
 
     def prune(self, start: int, weight: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
         scores = losses(weight, root).T.contiguous()
@@ -149,9 +151,13 @@ class _Blocks(Choice):
         self.pattern = pattern
         self.width = max(1, width // pattern.columns) * pattern.columns
         bare = _bare_losses(weight, root)
-        totals = torch.stack([self._by_band(part) for part in bare.split(pattern.columns)], 1)
+        size = pattern.columns
+        starts = range(0, len(bare), size)
+        totals = torch.stack([self._by_band(bare[i : i + size]) for i in starts], 1)
         pruned = self._least(totals, pruned_count(pattern.sparsity, totals.numel()))
-        self.counts = [int(p.sum()) for p in pruned.split(self.width // pattern.columns, 1)]
+        strips = self.width // size
+        places = range(0, pruned.shape[1], strips)
+        self.counts = [int(pruned[:, i : i + strips].sum()) for i in places]
 
     def prune(self, start: int, weight: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
         pruned = self._least(self._losses(weight, root), self.counts[start // self.width])
