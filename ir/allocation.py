@@ -196,7 +196,7 @@ def fewest_moves(missing: int, sizes: Sequence[int], rooms: Sequence[tuple[int, 
         choices.append(choice)
     sums = (costs < never).nonzero().flatten() - reach
     place = int(sums[((sums * unit - missing).abs() * 2 + (sums * unit > missing)).argmin()])
-    found = []
+    found: list[int] = []
     for size, choice in zip(reversed(sizes), reversed(choices), strict=True):
         moves = int(choice[place + reach])
         found.insert(0, moves)

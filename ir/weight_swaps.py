@@ -169,7 +169,7 @@ def best_counts(
         exact = lost.double()
         slope = (exact @ moments.mean).unsqueeze(1) * moments.mean + exact * moments.variance
     error = (lost * slope).sum(1)
-    for some in swaps.made.any(1).nonzero().squeeze(1).split(_ROWS):
+    for some in torch.split(swaps.made.any(1).nonzero().squeeze(1), _ROWS):
         columns = torch.stack((swaps.pruned[some], swaps.grown[some]), 2).flatten(1)
         sign = torch.tensor([1.0, -1.0], dtype=torch.float64)
         amount = swaps.made[some].unsqueeze(2) * sign

@@ -144,7 +144,7 @@ class CompensateEnergy(Pass):
             losses, batches = self._losses(program, linears, judges), len(judges)
             mode = min(losses, key=losses.__getitem__)  # The first of equals, and none is first.
         program, found = self._compensated(program, linears, mode)
-        made = Compensated(found, dict(losses), batches)
+        made = Compensated(found, {str(name): loss for name, loss in losses.items()}, batches)
         return program.with_fact(sparse.merge(SparseWeights(masks)), done.merge(made))
 
     def _losses(

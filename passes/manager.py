@@ -202,10 +202,8 @@ class PassManager:
                     part = self._run(part, number, records, stage.name)
                 rewired |= graph_text(part) != graph_text(before)
                 # Only the graph is stitched in: the activations of a finished stage may go.
-                nothing = {"example_inputs": {}, "calibration": (), "dense": None}
-                parts.append(
-                    dataclasses.replace(part, **nothing, dense_outputs=(), dense_inputs=())
-                )
+                finished = dataclasses.replace(bare(part), facts=part.facts, example_inputs={})
+                parts.append(dataclasses.replace(finished, dense=None))
                 current = _commit(current, before, part)
                 if k < last:
                     _propagate(part, stream)
