@@ -75,7 +75,8 @@ def losses(weight: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
 
 def _bare_losses(weight: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
     """Returns the same where no other weight makes up for it, [in, out]; H_jj is |row j of R|^2."""
-    return (weight * torch.linalg.vector_norm(root, dim=1)[:, None]).square_()
+    found: torch.Tensor = (weight * torch.linalg.vector_norm(root, dim=1)[:, None]).square_()
+    return found
 
 
 class _Given(Choice):

@@ -40,7 +40,7 @@ def z_importance(
 def _z_scores(weight: torch.Tensor, dim: int) -> torch.Tensor:
     """Divides rows (dim 1) or columns (dim 0) by their lengths, and then standardises all entries."""
     lengths = torch.linalg.vector_norm(weight, dim=dim, keepdim=True, dtype=torch.float64)
-    scaled = weight / lengths.float().clamp_min_(torch.finfo(torch.float32).tiny)
+    scaled: torch.Tensor = weight / lengths.float().clamp_min_(torch.finfo(torch.float32).tiny)
     count = scaled.numel()
     scaled -= _total(scaled) / count
     deviation = (_total(scaled.square()) / max(count - 1, 1)) ** 0.5
