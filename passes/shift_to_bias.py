@@ -140,8 +140,11 @@ class ShiftToBias(Pass):
             if reason is not None:
                 refusals[linear.name] = reason
                 continue
-            self._check_order(program, linear, masks[linear.name], known.shifts.get(linear.name))
-            chosen.append(linear)
+            before = known.shifts.get(linear.name)
+            self._check_order(program, linear, masks[linear.name], before)
+            # Taking a shift off and adding it again would not give the same bias to the last bit.
+            if before is None or not before.mask.same_as(masks[linear.name]):
+                chosen.append(linear)
         means = self._means(program, chosen, known)
         for linear in chosen:
             mask, before = masks[linear.name], known.shifts.get(linear.name)

@@ -202,7 +202,7 @@ CASES: dict[str, Case] = {
     "shift-to-bias": Case(
         lambda _: ShiftToBias(add=True),
         ShiftToBias(add=True, parts=3, **NAMES),
-        before=(Observe(), PruneMagnitude("2:4")),
+        before=(PruneMagnitude("2:4"),),
     ),
     "fold-constants": Case(lambda _: FoldConstants(), FoldConstants(limit=7)),
     "eliminate-dead-code": Case(lambda _: EliminateDeadCode(), EliminateDeadCode()),
