@@ -197,7 +197,7 @@ CASES: dict[str, Case] = {
     ),
     "allocate-sparsity": Case(
         lambda _: AllocateSparsity(),
-        AllocateSparsity("30% matrix", "owl", 7.0, 0.1, 0.2, 0.9, (0.25, 0.75), **NAMES),
+        AllocateSparsity("30% matrix", "sensitivity", 7.0, 0.1, 0.2, 0.9, (0.25, 0.75), **NAMES),
     ),
     "shift-to-bias": Case(
         lambda _: ShiftToBias(add=True),

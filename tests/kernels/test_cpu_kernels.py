@@ -91,8 +91,8 @@ def test_shapes(shape: tuple[int, int], density: float | str, dtype: str) -> Non
 @pytest.mark.parametrize("span", [8, 16])
 @pytest.mark.parametrize("uneven", [None, 0, 1])
 def test_weights_that_keep_half_of_each_few(uneven: int | None, span: int, dtype: str) -> None:
-    """4 of each 8 throughout, as in 2:4, and 8 of each 16 have paths of their own; a weight as large
-    that is uneven once, by a column that moved `span` away, must not take them."""
+    # 4 of each 8 throughout, as in 2:4, and 8 of each 16 have paths of their own; a weight as large
+    # that is uneven once, by a column that moved `span` away, must not take them.
     plain = random_weight(6, 128, "2:4", dtype)
     weight, keep = plain.unpack(), plain.keep()
     if uneven is not None:

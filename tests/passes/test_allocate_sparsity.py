@@ -218,7 +218,7 @@ def test_architectures(name: str, method: Any) -> None:
 def test_experts_without_tokens_get_the_sparsity_asked_for() -> None:
     program = small_program("moe")
     with pytest.warns(UserWarning, match=r"gives .*experts.*\[2\].* the sparsity 0.6") as caught:
-        found = budgets(program, AllocateSparsity("60%"))
+        found = budgets(program, AllocateSparsity("60%", "sensitivity"))
     assert any("calibrate on more" in str(w.message) for w in caught)
     seen = PassManager([Observe()])(program).program.fact(Statistics).edges
     widths = {n.name: n.in_features for n in find_linears(program)}
@@ -233,7 +233,10 @@ def test_no_token_at_all() -> None:
     program = small_program("llama")
     blank = {**program.calibration[0], "attention_mask": torch.zeros(2, 9, dtype=torch.long)}
     with pytest.warns(UserWarning, match="too few tokens"):
-        found = budgets(dataclasses.replace(program, calibration=[blank]), AllocateSparsity("50%"))
+        found = budgets(
+            dataclasses.replace(program, calibration=[blank]),
+            AllocateSparsity("50%", "sensitivity"),
+        )
     assert set(found.values()) == {0.5}
 
 
@@ -251,7 +254,7 @@ def test_bounds() -> None:
         assert min(found.values()) >= 0.55 - 1 / 64
         assert max(found.values()) <= 0.65
         assert sum(s > 0.63 for s in found.values()) > 3
-    pinned = deep_budgets(AllocateSparsity("50%", low=0.5, high=0.5))
+    pinned = deep_budgets(AllocateSparsity("50%", "sensitivity", low=0.5, high=0.5))
     assert set(pinned.values()) == {0.5}
 
 
@@ -270,7 +273,7 @@ def test_dead_weights_go_first() -> None:
     program = deep_program()
     name = "model.layers.2.mlp.up_proj.weight"
     dead = program.with_weights({name: torch.zeros_like(program.weights[name])})
-    found = budgets(dead, AllocateSparsity("60%", high=0.9))
+    found = budgets(dead, AllocateSparsity("60%", "sensitivity", high=0.9))
     assert found[name] >= 0.89  # Nor does its neighbour's or successor's product then matter.
     assert sum(s < 0.6 for s in found.values()) > 5
 
@@ -300,15 +303,17 @@ def test_the_same_twice_and_with_two_threads() -> None:
 
 
 def test_only_what_is_selected() -> None:
-    step = AllocateSparsity("50%", include=("*.mlp.*",), exclude=("*down*",))
+    step = AllocateSparsity("50%", "sensitivity", include=("*.mlp.*",), exclude=("*down*",))
     found = deep_budgets(step)
     assert len(found) == 2 * LAYERS
     assert all("gate" in name or "up" in name for name in found)
 
 
 def test_budgets_of_two_runs_are_joined() -> None:
-    first = deep(AllocateSparsity("50%", include=("*.mlp.*",)))
-    both = AllocateSparsity("70%", include=("*.self_attn.*",))(first).program.fact(Budgets)
+    first = deep(AllocateSparsity("50%", "sensitivity", include=("*.mlp.*",)))
+    both = AllocateSparsity("70%", "sensitivity", include=("*.self_attn.*",))(first).program.fact(
+        Budgets
+    )
     assert len(both.sparsities) == 7 * LAYERS
     attention = [s for n, s in both.sparsities.items() if "attn" in n]
     assert sum(attention) / len(attention) > 0.6
@@ -316,7 +321,7 @@ def test_budgets_of_two_runs_are_joined() -> None:
 
 def test_nothing_else_changes() -> None:
     program = PassManager([Observe()])(deep_program()).program
-    after = AllocateSparsity("60%")(program).program
+    after = AllocateSparsity("60%", "sensitivity")(program).program
     assert Measurements not in after.facts
     assert after.facts[Statistics] is program.facts[Statistics]
     assert same_facts(after.without_facts([Budgets]).facts, program.facts)
@@ -336,12 +341,12 @@ def test_one_layer_is_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
         return work(self, program)
 
     monkeypatch.setattr(implementation._Measure, "run", watched)
-    AllocateSparsity("60%")(deep_program())
+    AllocateSparsity("60%", "sensitivity")(deep_program())
     assert sum(len(stage) for stage in grams) == 7 * LAYERS
 
 
 def test_pruners_and_the_report() -> None:
-    passes = [AllocateSparsity("60%"), Observe(), PruneWanda("60%"), ApplyMasks()]
+    passes = [AllocateSparsity("60%", "sensitivity"), Observe(), PruneWanda("60%"), ApplyMasks()]
     compiled = compile_sparse(
         deep_model(), passes, example_inputs=ZOO["llama"].inputs(), calibration=batches()
     )
@@ -374,13 +379,13 @@ def test_pruners_and_the_report() -> None:
     ],
 )
 def test_warnings_in_view_of_what_comes(later: list[Pass], says: str | None) -> None:
-    warning = AllocateSparsity("60%").warning(later)
+    warning = AllocateSparsity("60%", "sensitivity").warning(later)
     assert (warning is None) == (says is None)
     assert says is None or says in str(warning)
 
 
 def test_two_of_four_stays_uniform() -> None:
-    steps = [AllocateSparsity("50%"), Observe(), PruneWanda("2:4")]
+    steps = [AllocateSparsity("50%", "sensitivity"), Observe(), PruneWanda("2:4")]
     with pytest.warns(UserWarning, match="changes nothing: prune-wanda at 2:4"):
         pruned = PassManager(steps)(deep_program()).program
     assert {float(m.keep().float().mean()) for m in pruned.fact(Masks).masks.values()} == {0.5}
