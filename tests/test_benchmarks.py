@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -142,11 +143,24 @@ def test_int8_values_are_held_against_int8_rivals(goals: Any) -> None:
 def test_scales_are_compared_with_none(tmp_path: Path) -> None:
     methods = ("alone", "+ FoldScales", "+ InduceSparsity", "+ ShiftToBias")
     size = ("--tiny", "--epochs", "1", "--patterns", "2:4", "--threads", "1")
-    printed, document = run("induction.py", tmp_path, *size, "--methods", *methods)
+    pruners = ("prune-magnitude", "prune-wanda", "prune-ria", "prune-sparsegpt")
+    options = ("--methods", *methods, "--pruners", *pruners)
+    printed, document = run("induction.py", tmp_path, *size, *options)
     cells = {(row["pruner"], row["method"]): row for row in document["results"]}
-    assert len(cells) == 8
-    assert not any("note" in row for row in cells.values())
-    found = {key: row["negative_log_likelihood"]["random"] for key, row in cells.items()}
+    assert cells.keys() == set(itertools.product(pruners, methods))
+    # What updates weights has taken them away before; scales are learned for two scores.
+    left_out = {key: str(row["note"]) for key, row in cells.items() if "note" in row}
+    assert "gone before shift-to-bias" in left_out.pop(("prune-sparsegpt", "+ ShiftToBias"))
+    assert left_out.keys() == {(name, "+ InduceSparsity") for name in pruners[2:]}
+    assert set(left_out.values()) == {"scales are learned for the scores of magnitude and wanda only"}
+    found = {
+        key: row["negative_log_likelihood"]["random"]
+        for key, row in cells.items()
+        if "note" not in row
+    }
+    promised = " ".join(goal["name"] for goal in document["goals"])
+    assert "prune-ria 2:4 + ShiftToBias on random" in promised
+    assert "+ FoldScales" not in promised
     # Scales cancel out of Wanda's scores; magnitude after the right ones is Wanda.
     assert found["prune-wanda", "+ FoldScales"] == pytest.approx(found["prune-wanda", "alone"])
     assert found["prune-magnitude", "+ FoldScales"] != found["prune-magnitude", "alone"]
