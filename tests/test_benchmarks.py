@@ -152,7 +152,9 @@ def test_scales_are_compared_with_none(tmp_path: Path) -> None:
     left_out = {key: str(row["note"]) for key, row in cells.items() if "note" in row}
     assert "gone before shift-to-bias" in left_out.pop(("prune-sparsegpt", "+ ShiftToBias"))
     assert left_out.keys() == {(name, "+ InduceSparsity") for name in pruners[2:]}
-    assert set(left_out.values()) == {"scales are learned for the scores of magnitude and wanda only"}
+    assert set(left_out.values()) == {
+        "scales are learned for the scores of magnitude and wanda only"
+    }
     found = {
         key: row["negative_log_likelihood"]["random"]
         for key, row in cells.items()
