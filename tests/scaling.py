@@ -25,13 +25,14 @@ def random_scales(group: ScaleGroup, seed: int, powers_of_two: bool = False) -> 
     return scales
 
 
-def leaving_out(group: ScaleGroup) -> Iterator[tuple[str, ScaleGroup]]:
+def leaving_out(group: ScaleGroup, each_matrix: bool = True) -> Iterator[tuple[str, ScaleGroup]]:
     """Yields the group without one part of one member, and whose: each must be missed.
 
-    A part is what one member multiplies, or what it divides; of a stack, one matrix of it.
+    A part is what one member multiplies, or what it divides; of a stack, one matrix of it,
+    or with `each_matrix=False` all of them.
     """
     for place, member in enumerate(group.members):
-        stack = range(len(member.exponents)) if member.stacked else (...,)
+        stack = range(len(member.exponents)) if member.stacked and each_matrix else (...,)
         for index, sign in itertools.product(stack, (1, -1)):
             exponents = member.exponents.clone()
             part = exponents[index] == sign

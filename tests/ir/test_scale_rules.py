@@ -581,6 +581,8 @@ INERT = {
         "parallel",
     )
 }
+# Most experts get no row, so one of them is not missed; all of them together are.
+UNREACHED = {"more-experts-than-rows"}
 # Numbers are rounded on the way.
 ROUNDED = {"cast-gain": 1e-6}
 
@@ -606,7 +608,7 @@ def test_scales_pass(case: str) -> None:
 def test_every_member_is_needed(case: str) -> None:
     program, found = passing(case)
     for group in found.groups.values():
-        for parameter, rest in leaving_out(group):
+        for parameter, rest in leaving_out(group, case not in UNREACHED):
             drift = measure_drift(program, fold(program, [rest]), other_inputs(program))
             assert (drift < 1e-3) == ((case, parameter) in INERT), parameter
 
