@@ -559,7 +559,6 @@ def test_include_and_exclude_choose_groups_by_their_readers() -> None:
 # Stage by stage, live models and checkpoints.
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])
 def post_norm_program() -> Program:
     """An OPT-350M: norms behind the residual, and projections in front of and behind the layers."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_dim": 48}
@@ -607,6 +606,7 @@ def test_a_norm_that_ends_a_layer_and_an_embedding_that_is_a_head() -> None:
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=noise)
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])
 def test_stage_by_stage_is_as_all_at_once(name: str, captured: Callable[[str], Program]) -> None:
     entry = ZOO[name]
     program = dataclasses.replace(captured(name), calibration=(entry.inputs(3, 11),))
