@@ -11,7 +11,7 @@ from typing import Literal
 
 from zeroskip.ir.allocation import Share, cheapest_shares, level_shares, whole_steps
 from zeroskip.ir.budgets import Budgets, Measurements
-from zeroskip.ir.errors import CalibrationError, PatternError, RecipeError
+from zeroskip.ir.errors import PatternError, RecipeError
 from zeroskip.ir.facts import Statistics
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.patterns import SparsityPattern, Unstructured, parse_pattern, pruned_count
@@ -109,12 +109,7 @@ class AllocateSparsity(Pass):
             "high": 0 <= self.high < 1,
             "probes": all(a < b for a, b in pairwise(rising)),
         }
-        for option in (name for name, fits in problems.items() if not fits):
-            raise RecipeError(
-                f"{option}={getattr(self, option)!r} is out of range",
-                pass_name=self.name,
-                next_step="leave it out to take the default",
-            )
+        self._refuse_unless(problems)
         if not self.low <= pattern.sparsity <= self.high:
             raise RecipeError(
                 f"linears between {self.low} and {self.high} cannot have a sparsity of "
@@ -131,12 +126,7 @@ class AllocateSparsity(Pass):
 
     def check(self, program: Program) -> None:
         check_selection(program, self.include, self.exclude)
-        if not program.calibration:
-            raise CalibrationError(
-                "there is no calibration data",
-                pass_name=self.name,
-                next_step="pass calibration=[{'input_ids': ..., 'attention_mask': ...}, ...]",
-            )
+        self._need_calibration(program)
 
     def warning(self, later: Sequence[Pass]) -> str | None:
         pruner = next((step for step in later if isinstance(step, PatternPass)), None)

@@ -10,14 +10,21 @@ import dataclasses
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, final
 
 import torch
 
-from zeroskip.ir.errors import CompileError, EquivalenceError, RequirementError, VerifyError
+from zeroskip.ir.errors import (
+    CalibrationError,
+    CompileError,
+    EquivalenceError,
+    RecipeError,
+    RequirementError,
+    VerifyError,
+)
 from zeroskip.ir.facts import Fact, same_facts
 from zeroskip.ir.printer import print_program
 from zeroskip.ir.program import Batch, Program
@@ -104,6 +111,26 @@ class Pass(ABC):
     def warning(self, later: Sequence[Pass]) -> str | None:
         """Returns what is amiss with the pass in view of those that come later in the list."""
         return None
+
+    @final
+    def _refuse_unless(self, fits: Mapping[str, bool]) -> None:
+        """Raises RecipeError for the first option whose value does not fit."""
+        for option in (name for name, fit in fits.items() if not fit):
+            raise RecipeError(
+                f"{option}={getattr(self, option)!r} is out of range",
+                pass_name=self.name,
+                next_step="leave it out to take the default",
+            )
+
+    @final
+    def _need_calibration(self, program: Program) -> None:
+        """Raises CalibrationError when there is no calibration data."""
+        if not program.calibration:
+            raise CalibrationError(
+                "there is no calibration data",
+                pass_name=self.name,
+                next_step="pass calibration=[{'input_ids': ..., 'attention_mask': ...}, ...]",
+            )
 
     @final
     def __call__(self, program: Program) -> PassResult:

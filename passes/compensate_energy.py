@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 
 from zeroskip.ir.distillation import OutputDivergence
-from zeroskip.ir.errors import CalibrationError, CompileError, RecipeError
+from zeroskip.ir.errors import CalibrationError, CompileError
 from zeroskip.ir.facts import (
     Mask,
     Masks,
@@ -96,12 +96,7 @@ class CompensateEnergy(Pass):
             "clamp": len(self.clamp) == 2 and 0 < self.clamp[0] <= 1 <= self.clamp[1] < math.inf,
             "held_out": self.held_out >= 1,
         }
-        for option in (name for name, fits in problems.items() if not fits):
-            raise RecipeError(
-                f"{option}={getattr(self, option)!r} is out of range",
-                pass_name=self.name,
-                next_step="leave it out to take the default",
-            )
+        self._refuse_unless(problems)
 
     @property
     def scope(self) -> Scope:

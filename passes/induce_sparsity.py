@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from zeroskip.ir.errors import CalibrationError, CompileError, PatternError
+from zeroskip.ir.errors import CompileError, PatternError
 from zeroskip.ir.facts import Statistics
 from zeroskip.ir.folding import FoldedScales
 from zeroskip.ir.induction import Induced, Objective, Outcome
@@ -172,7 +172,7 @@ class InduceSparsity(Pass):
 
     def check(self, program: Program) -> None:
         check_selection(program, self.include, self.exclude)
-        self._check_calibration(program)
+        self._need_calibration(program)
         pattern = parse_pattern(self.pattern)
         for linear in select_linears(program, self.include, self.exclude):
             reason = pattern.refusal(linear.shape)
@@ -183,14 +183,6 @@ class InduceSparsity(Pass):
                     pass_name=self.name,
                     next_step=f'leave it dense with exclude=("{linear.name}",)',
                 )
-
-    def _check_calibration(self, program: Program) -> None:
-        if not program.calibration:
-            raise CalibrationError(
-                "there is no calibration data",
-                pass_name=self.name,
-                next_step="pass calibration=[{'input_ids': ..., 'attention_mask': ...}, ...]",
-            )
 
     def targets(self, program: Program) -> frozenset[str] | None:
         return frozenset(n.name for n in select_linears(program, self.include, self.exclude))
@@ -214,7 +206,7 @@ class InduceSparsity(Pass):
         groups = self._groups(program, linears, known)
         if not groups:
             return program.with_fact(program.facts.get(FoldedScales, FoldedScales()), known)
-        self._check_calibration(program)
+        self._need_calibration(program)
         if self._is_idle():
             before = after = None
             reason = f"a scale cancels out of {self.score} scores, compared as in {self.pattern}"

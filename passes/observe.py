@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from zeroskip.ir.errors import CalibrationError
 from zeroskip.ir.facts import Statistics
 from zeroskip.ir.observers import insert_observers, read_observers
 from zeroskip.ir.program import Program
@@ -61,12 +60,7 @@ class Observe(Pass):
 
     def check(self, program: Program) -> None:
         check_selection(program, self.include, self.exclude)
-        if not program.calibration:
-            raise CalibrationError(
-                "there is no calibration data",
-                pass_name=self.name,
-                next_step="pass calibration=[{'input_ids': ..., 'attention_mask': ...}, ...]",
-            )
+        self._need_calibration(program)
 
     def targets(self, program: Program) -> frozenset[str] | None:
         return frozenset(n.name for n in select_linears(program, self.include, self.exclude))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from zeroskip.ir.admm import sparse_weight
-from zeroskip.ir.errors import CompileError, RecipeError
+from zeroskip.ir.errors import CompileError
 from zeroskip.ir.facts import Statistics
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.patterns import SparsityPattern
@@ -67,12 +67,7 @@ class PruneALPS(UpdatingPruner):
             "iterations": self.iterations >= 1,
             "cg_steps": self.cg_steps >= 0,
         }
-        for option in (name for name, fits in problems.items() if not fits):
-            raise RecipeError(
-                f"{option}={getattr(self, option)} is out of range",
-                pass_name=self.name,
-                next_step="leave it out to take the default",
-            )
+        self._refuse_unless(problems)
 
     def prune(
         self, program: Program, linear: Linear, weight: torch.Tensor, pattern: SparsityPattern

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from zeroskip.ir.errors import CompileError, RecipeError, RequirementError
+from zeroskip.ir.errors import CompileError, RequirementError
 from zeroskip.ir.facts import Mask, Masks, Statistics
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.optimal_surgery import HessianRoot, hessian_root, prune_columns
@@ -60,12 +60,7 @@ class PruneSparseGPT(UpdatingPruner):
     def __post_init__(self) -> None:
         super().__post_init__()
         problems = {"block_size": self.block_size >= 1, "damping": 0 <= self.damping <= 1}
-        for option in (name for name, fits in problems.items() if not fits):
-            raise RecipeError(
-                f"{option}={getattr(self, option)} is out of range",
-                pass_name=self.name,
-                next_step="leave it out to take the default",
-            )
+        self._refuse_unless(problems)
 
     @property
     def ignores_input_scales(self) -> bool:

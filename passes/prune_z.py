@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from zeroskip.ir.errors import RecipeError
 from zeroskip.ir.facts import Statistics
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.program import Program
@@ -72,12 +71,7 @@ class PruneZ(Pruner):
             "exponent": 0 <= self.exponent < float("inf"),
             "small": 0 <= self.small < float("inf"),
         }
-        for option in (name for name, fits in problems.items() if not fits):
-            raise RecipeError(
-                f"{option}={getattr(self, option)} is out of range",
-                pass_name=self.name,
-                next_step="leave it out to take the default",
-            )
+        self._refuse_unless(problems)
 
     def scores(self, program: Program, linear: Linear, weight: torch.Tensor) -> torch.Tensor:
         size = program.fact(Statistics).of(linear.name).root_mean_square()

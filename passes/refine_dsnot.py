@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from zeroskip.ir.biases import ShiftedBiases
-from zeroskip.ir.errors import CompileError, PatternError, RecipeError
+from zeroskip.ir.errors import CompileError, PatternError
 from zeroskip.ir.facts import Mask, Masks, SparseWeights, Statistics
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.patterns import NM, Block
@@ -81,12 +81,7 @@ class RefineDSnoT(Pass):
             "tolerance": 0 <= self.tolerance < float("inf"),
             "power": 0 <= self.power < float("inf"),
         }
-        for option in (name for name, fits in problems.items() if not fits):
-            raise RecipeError(
-                f"{option}={getattr(self, option)} is out of range",
-                pass_name=self.name,
-                next_step="leave it out to take the default",
-            )
+        self._refuse_unless(problems)
 
     @property
     def scope(self) -> Scope:

@@ -22,7 +22,7 @@ from zeroskip.ir.biases import (
     refusal_to_add,
     refusal_to_shift,
 )
-from zeroskip.ir.errors import CalibrationError, CompileError, RecipeError
+from zeroskip.ir.errors import CompileError, RecipeError
 from zeroskip.ir.facts import Mask, Masks, SparseWeights
 from zeroskip.ir.linears import Linear, find_linears
 from zeroskip.ir.part_means import means_of_parts
@@ -108,15 +108,7 @@ class ShiftToBias(Pass):
 
     def check(self, program: Program) -> None:
         check_selection(program, self.include, self.exclude)
-        self._check_calibration(program)
-
-    def _check_calibration(self, program: Program) -> None:
-        if not program.calibration:
-            raise CalibrationError(
-                "there is no calibration data",
-                pass_name=self.name,
-                next_step="pass calibration=[{'input_ids': ..., 'attention_mask': ...}, ...]",
-            )
+        self._need_calibration(program)
 
     def targets(self, program: Program) -> frozenset[str] | None:
         return frozenset(linear.name for linear in self._chosen(program))
@@ -181,7 +173,7 @@ class ShiftToBias(Pass):
         """What entered the linears before anything was shifted, in each part of the data."""
         if not linears:
             return {}
-        self._check_calibration(program)
+        self._need_calibration(program)
         unshifted = {}
         for linear in find_linears(program):
             if (before := known.shifts.get(linear.name)) is not None:

@@ -103,12 +103,7 @@ class SteerScores(Pass):
             "limit": self.limit >= 1,
             "held_out": 0 <= self.held_out < 1,
         }
-        for option in (name for name, fits in problems.items() if not fits):
-            raise RecipeError(
-                f"{option}={getattr(self, option)} is out of range",
-                pass_name=self.name,
-                next_step="leave it out to take the default",
-            )
+        self._refuse_unless(problems)
 
     @property
     def scope(self) -> Scope:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from zeroskip.ir.errors import CalibrationError, CompileError
 from zeroskip.ir.facts import Mask, ScoreMultipliers, SparseWeights, Statistics
 from zeroskip.ir.program import Program
 from zeroskip.ir.reconstruction import Outcomes, Reconstruction
@@ -61,22 +60,9 @@ class Trainer(Pass):
             }
         )
 
-    def _refuse_unless(self, fits: Mapping[str, bool]) -> None:
-        for option in (name for name, fit in fits.items() if not fit):
-            raise CompileError(
-                f"{option}={getattr(self, option)!r} is out of range",
-                pass_name=self.name,
-                next_step="leave it out to take the default",
-            )
-
     def check(self, program: Program) -> None:
         check_selection(program, self.include, self.exclude)
-        if not program.calibration:
-            raise CalibrationError(
-                "there is no calibration data",
-                pass_name=self.name,
-                next_step="pass calibration=[{'input_ids': ..., 'attention_mask': ...}, ...]",
-            )
+        self._need_calibration(program)
 
     def targets(self, program: Program) -> frozenset[str] | None:
         return frozenset(n.name for n in select_linears(program, self.include, self.exclude))
