@@ -1,0 +1,1 @@
+"""Kernels in Triton and Gluon for NVIDIA and AMD GPUs; nothing here is imported before it is needed."""
