@@ -1,0 +1,472 @@
+"""2:4 products of few tokens on the sparse tensor cores of NVIDIA GPUs, sm_80 and newer: `mma.sp` from Gluon.
+
+y[m, n] = sum_k x[m, k] W[n, k] + b[n]. W, in the fragment form of `zeroskip.ir.fragments`, is the left
+operand of the instruction: 16 rows of W meet 8 tokens. Triton has no operator for it, but
+`inline_asm_elementwise` emits it: an int32 tensor [32 * warps, 4] laid out as `_lanes` says is
+exactly four registers of each lane.
+
+A unit of work is one chunk of columns (256 for each of WARPS_K) of one tile of rows. Each program takes
+PER units in a row, across the ends of tiles, and keeps STAGES of them in flight through a ring of
+asynchronous copies, so that memory is busy from its first unit to its last. Where programs share a
+tile, each writes its part, and the one that arrives last adds up all parts in their order: the result
+does not depend on who came when.
+
+Weights are read once, by one warp each, 16 bytes a lane; activations reach all warps through
+swizzled shared memory and `ldmatrix`. Nothing is decompressed.
+
+Sources: PTX ISA, "mma.sp::ordered_metadata"; the split of work is that of Stream-K (2301.03598).
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+_RENAMED_AFTER_3_6 = hasattr(async_copy, "async_load")
+_copy = async_copy.async_load if _RENAMED_AFTER_3_6 else async_copy.async_copy_global_to_shared
+
+
+def _instruction(step: int, dtype: str) -> str:
+    # One metadata word serves two steps: the selector says from which lanes it is taken.
+    return (
+        f"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.{dtype}.{dtype}.f32 "
+        "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9,$10,$11}, {$12,$13,$14,$15}, "
+        f"${16 + step // 2}, 0x{step % 2};"
+    )
+
+
+_BFLOAT16 = gl.constexpr(tuple(_instruction(step, "bf16") for step in range(8)))
+_FLOAT16 = gl.constexpr(tuple(_instruction(step, "f16") for step in range(8)))
+_OPERANDS = gl.constexpr("=f,=f,=f,=f,r,r,r,r,r,r,r,r,f,f,f,f,r,r,r,r")
+
+
+@gluon.constexpr_function
+def _lanes(warps):
+    """Row 32 * warp + lane of an int32 [32 * warps, 4] is four registers of that lane."""
+    return gl.BlockedLayout([1, 4], [32, 1], [warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def _sums(warps_n, warps_k):
+    """The same for [32 * warps_n, 4], held alike by the warps along columns."""
+    return gl.SliceLayout(
+        0, gl.BlockedLayout([1, 1, 4], [1, 32, 1], [warps_k, warps_n, 1], [2, 1, 0])
+    )
+
+
+@gluon.jit
+def _multiply(a, b, c, e, STEP: gl.constexpr, FP16: gl.constexpr):
+    if FP16:
+        asm: gl.constexpr = _FLOAT16[STEP]
+    else:
+        asm: gl.constexpr = _BFLOAT16[STEP]
+    return gl.inline_asm_elementwise(
+        asm, _OPERANDS, [a, b, c, e], dtype=gl.float32, is_pure=True, pack=4
+    )
+
+
+@gluon.jit
+def _issue(
+    values,
+    codes,
+    tokens,
+    stage,
+    values_ptr,
+    codes_ptr,
+    x_ptr,
+    tile,
+    chunk,
+    live,
+    first_token,
+    M,
+    tiles_of_16,
+    steps,
+    groups,
+    x_stride,
+    WARPS_N: gl.constexpr,
+    WARPS_K: gl.constexpr,
+    ROW_TILES: gl.constexpr,
+    TOKEN_TILES: gl.constexpr,
+    EVEN: gl.constexpr,
+):
+    """Starts the copies of one unit into a stage of the ring; one copy each, or barriers multiply."""
+    WARPS: gl.constexpr = WARPS_N * WARPS_K
+    LANES: gl.constexpr = _lanes(WARPS)
+    register = gl.arange(0, 4, layout=gl.SliceLayout(0, LANES))
+
+    # Rows of the values in a stage: row tile, step, warp, lane.
+    row = gl.arange(0, ROW_TILES * 8 * WARPS * 32, layout=gl.SliceLayout(1, LANES))
+    warp = (row // 32) % WARPS
+    row_tile = (row // (WARPS * 256)) * WARPS_N + warp // WARPS_K
+    step = (warp % WARPS_K) * 8 + (row // (WARPS * 32)) % 8
+    offset = row_tile * (steps * 128) + step * 128 + (row % 32) * 4
+    base = values_ptr + tile.to(gl.int64) * (ROW_TILES * WARPS_N * 128) * steps
+    here = (row * 0) < live
+    if not EVEN:
+        here = here & (step + chunk * (WARPS_K * 8) < steps)
+        here = here & (tile * (ROW_TILES * WARPS_N) + row_tile < tiles_of_16)
+    source = base + chunk * (WARPS_K * 8 * 128) + (offset[:, None] + register[None, :])
+    _copy(values.index(stage), source, mask=here[:, None], eviction_policy="evict_first")
+
+    # Rows of the codes: row tile, warp, lane.
+    row = gl.arange(0, ROW_TILES * WARPS * 32, layout=gl.SliceLayout(1, LANES))
+    warp = (row // 32) % WARPS
+    row_tile = (row // (WARPS * 32)) * WARPS_N + warp // WARPS_K
+    group = warp % WARPS_K
+    offset = row_tile * (groups * 128) + group * 128 + (row % 32) * 4
+    base = codes_ptr + tile.to(gl.int64) * (ROW_TILES * WARPS_N * 128) * groups
+    here = (row * 0) < live
+    if not EVEN:
+        here = here & (group + chunk * WARPS_K < groups)
+        here = here & (tile * (ROW_TILES * WARPS_N) + row_tile < tiles_of_16)
+    source = base + chunk * (WARPS_K * 128) + (offset[:, None] + register[None, :])
+    _copy(codes.index(stage), source, mask=here[:, None], eviction_policy="evict_first")
+
+    # Rows of the activations: token tile, warp along columns, token; 256 columns each.
+    WORDS: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
+    row = gl.arange(0, TOKEN_TILES * WARPS_K * 8, layout=gl.SliceLayout(1, WORDS))
+    word = gl.arange(0, 128, layout=gl.SliceLayout(0, WORDS))
+    token = first_token + (row // (WARPS_K * 8)) * 8 + row % 8
+    column = ((row // 8) % WARPS_K) * 128
+    offset = token * (x_stride * 4) + column
+    here = ((token < M) & ((row * 0) < live))[:, None]
+    if not EVEN:
+        # What is masked is filled with zeros: a NaN left in the ring would spoil the sum.
+        inside = column[:, None] + word[None, :] + chunk * (WARPS_K * 128) < steps * 16
+        here = here & inside
+    source = x_ptr + chunk * (WARPS_K * 128) + (offset[:, None] + word[None, :])
+    _copy(tokens.index(stage), source, mask=here)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _next(tile, chunk, chunks):
+    chunk += 1
+    ends = chunk == chunks
+    return gl.where(ends, tile + 1, tile), gl.where(ends, 0, chunk)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "M",
+        "N",
+        "steps",
+        "groups",
+        "chunks",
+        "tiles",
+        "PER",
+        "x_stride",
+        "y_stride",
+    ]
+)
+def mma24(
+    values_ptr,
+    codes_ptr,
+    x_ptr,
+    bias_ptr,
+    y_ptr,
+    parts_ptr,
+    counters_ptr,
+    M,
+    N,
+    steps,
+    groups,
+    chunks,
+    tiles,
+    PER,
+    x_stride,
+    y_stride,
+    WARPS_N: gl.constexpr,
+    WARPS_K: gl.constexpr,
+    ROW_TILES: gl.constexpr,
+    TOKEN_TILES: gl.constexpr,
+    STAGES: gl.constexpr,
+    SHARED_TILES: gl.constexpr,
+    FP16: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    EVEN: gl.constexpr,
+):
+    """The kernel.
+
+    Args:
+        values_ptr: int32 [N / 16, steps, 32, 4].
+        codes_ptr: int32 [N / 16, groups, 32, 4].
+        x_ptr: int32 [M, K / 2], its rows x_stride * 16 bytes apart.
+        bias_ptr: [N] or None.
+        y_ptr: [M, N].
+        parts_ptr: float32, two tiles for each program, where tiles are shared.
+        counters_ptr: int32, zero before and after, one for each tile and block of tokens.
+        M: Tokens.
+        N: Rows of W.
+        steps: Tiles of 32 columns.
+        groups: Eights of them.
+        chunks: Units of a tile.
+        tiles: Of ROW_TILES * WARPS_N * 16 rows.
+        PER: Units of a program.
+        x_stride: In 16 bytes: so the compiler knows that rows are aligned.
+        y_stride: In elements.
+        WARPS_N: Warps over rows of W.
+        WARPS_K: Warps over columns of W.
+        ROW_TILES: Tiles of 16 rows of a warp.
+        TOKEN_TILES: Tiles of 8 tokens of a program.
+        STAGES: Of the ring.
+        SHARED_TILES: Whether PER divides tiles among programs.
+        FP16: float16 rather than bfloat16.
+        HAS_BIAS: Whether there is a bias.
+        EVEN: Whether tiles and chunks divide the weight.
+    """
+    WARPS: gl.constexpr = WARPS_N * WARPS_K
+    LANES: gl.constexpr = _lanes(WARPS)
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 1, [1, 0])
+    SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
+    # Lane 4g + t holds words t, t + 4, t + 8 and t + 12 of token g; warps over rows hold the same.
+    FRAGMENT: gl.constexpr = gl.BlockedLayout(
+        [1, 1, 1], [1, 8, 4], [WARPS_N, WARPS_K, 1], [2, 1, 0]
+    )
+    blocks = (M + 8 * TOKEN_TILES - 1) // (8 * TOKEN_TILES)
+    # Blocks of tokens that read the same weights run side by side.
+    program = gl.program_id(0) // blocks
+    block = gl.program_id(0) % blocks
+    first_token = block * (8 * TOKEN_TILES)
+    tiles_of_16 = (N + 15) // 16
+    first_unit = program * PER
+    end = gl.minimum(first_unit + PER, tiles * chunks)
+
+    values = gl.allocate_shared_memory(gl.int32, [STAGES, ROW_TILES * 8 * WARPS * 32, 4], PLAIN)
+    codes = gl.allocate_shared_memory(gl.int32, [STAGES, ROW_TILES * WARPS * 32, 4], PLAIN)
+    tokens = gl.allocate_shared_memory(gl.int32, [STAGES, TOKEN_TILES * WARPS_K * 8, 128], SWIZZLED)
+    sums = ()
+    for i in gl.static_range(ROW_TILES * TOKEN_TILES):
+        sums = sums + (gl.zeros([32 * WARPS, 4], gl.float32, LANES),)
+
+    first_tile = first_unit // chunks
+    tile = first_tile
+    chunk = first_unit % chunks
+    next_tile = tile
+    next_chunk = chunk
+    for stage in gl.static_range(STAGES - 1):
+        live = (first_unit + stage < end).to(gl.int32)
+        _issue(
+            values, codes, tokens, stage, values_ptr, codes_ptr, x_ptr, next_tile, next_chunk, live,
+            first_token, M, tiles_of_16, steps, groups, x_stride,
+            WARPS_N, WARPS_K, ROW_TILES, TOKEN_TILES, EVEN,
+        )  # fmt: skip
+        next_tile, next_chunk = _next(next_tile, next_chunk, chunks)
+    slot = 0
+    free = STAGES - 1
+    for unit in range(first_unit, end):
+        live = (unit + STAGES - 1 < end).to(gl.int32)
+        _issue(
+            values, codes, tokens, free, values_ptr, codes_ptr, x_ptr, next_tile, next_chunk, live,
+            first_token, M, tiles_of_16, steps, groups, x_stride,
+            WARPS_N, WARPS_K, ROW_TILES, TOKEN_TILES, EVEN,
+        )  # fmt: skip
+        next_tile, next_chunk = _next(next_tile, next_chunk, chunks)
+        async_copy.wait_group(STAGES - 1)
+        words = ()
+        for r in gl.static_range(ROW_TILES):
+            words = words + (codes.index(slot).slice(r * 32 * WARPS, 32 * WARPS).load(LANES),)
+        for step in gl.static_range(8):
+            columns = ()
+            for t in gl.static_range(TOKEN_TILES):
+                rows = tokens.index(slot).slice(t * WARPS_K * 8, WARPS_K * 8)
+                b = rows.slice(step * 16, 16, dim=1).load(gl.SliceLayout(0, FRAGMENT))
+                like = gl.zeros([WARPS_N, WARPS_K * 8, 16], gl.int32, FRAGMENT)
+                like, b = gl.broadcast(like, gl.expand_dims(b, 0))
+                b = b.reshape([WARPS * 8, 4, 4]).permute(0, 2, 1).reshape([WARPS * 32, 4])
+                columns = columns + (gl.convert_layout(b, LANES, assert_trivial=True),)
+            new = ()
+            for r in gl.static_range(ROW_TILES):
+                a = values.index(slot).slice((r * 8 + step) * 32 * WARPS, 32 * WARPS).load(LANES)
+                for t in gl.static_range(TOKEN_TILES):
+                    c = sums[r * TOKEN_TILES + t]
+                    new = new + (_multiply(a, columns[t], c, words[r], step, FP16),)
+            sums = new
+        slot = gl.where(slot == STAGES - 1, 0, slot + 1)
+        free = gl.where(free == STAGES - 1, 0, free + 1)
+        chunk += 1
+        if (chunk == chunks) | (unit + 1 == end):
+            if SHARED_TILES:
+                if (chunk == chunks) & (tile * chunks >= first_unit):
+                    _store(
+                        sums, tile, first_token, bias_ptr, y_ptr, M, N, y_stride,
+                        WARPS_N, WARPS_K, ROW_TILES, TOKEN_TILES, HAS_BIAS,
+                    )  # fmt: skip
+                else:
+                    _add_up(
+                        sums, tile, first_tile, program, block, blocks, first_token, bias_ptr, y_ptr,
+                        parts_ptr, counters_ptr, M, N, chunks, PER, tiles, y_stride,
+                        WARPS_N, WARPS_K, ROW_TILES, TOKEN_TILES, HAS_BIAS,
+                    )  # fmt: skip
+            else:
+                _store(
+                    sums, tile, first_token, bias_ptr, y_ptr, M, N, y_stride,
+                    WARPS_N, WARPS_K, ROW_TILES, TOKEN_TILES, HAS_BIAS,
+                )  # fmt: skip
+            cleared = ()
+            for i in gl.static_range(ROW_TILES * TOKEN_TILES):
+                cleared = cleared + (gl.zeros([32 * WARPS, 4], gl.float32, LANES),)
+            sums = cleared
+            tile += 1
+            chunk = 0
+    async_copy.wait_group(0)
+
+
+@gluon.jit
+def _over_columns(partial, WARPS_N: gl.constexpr, WARPS_K: gl.constexpr):
+    """Adds what the warps along columns hold: [32 * warps, 4] -> [32 * WARPS_N, 4]."""
+    SUMS: gl.constexpr = _sums(WARPS_N, WARPS_K)
+    if WARPS_K > 1:
+        partial = gl.sum(partial.reshape([WARPS_N, WARPS_K, 32, 4]), 1)
+        partial = partial.reshape([WARPS_N * 32, 4])
+    return gl.convert_layout(partial, SUMS)
+
+
+@gluon.jit
+def _place(
+    tile,
+    first_token,
+    INDEX: gl.constexpr,
+    WARPS_N: gl.constexpr,
+    WARPS_K: gl.constexpr,
+    ROW_TILES: gl.constexpr,
+    TOKEN_TILES: gl.constexpr,
+):
+    """Which row of W and which token each value of an accumulator belongs to."""
+    SUMS: gl.constexpr = _sums(WARPS_N, WARPS_K)
+    lane = gl.arange(0, WARPS_N * 32, layout=gl.SliceLayout(1, SUMS))
+    register = gl.arange(0, 4, layout=gl.SliceLayout(0, SUMS))
+    row_tile = (tile * ROW_TILES + INDEX // TOKEN_TILES) * WARPS_N + lane // 32
+    n = (row_tile * 16 + (lane % 32) // 4)[:, None] + 8 * (register // 2)[None, :]
+    m = (first_token + (INDEX % TOKEN_TILES) * 8 + 2 * (lane % 4))[:, None]
+    return n, m + (register % 2)[None, :]
+
+
+@gluon.jit
+def _write(
+    total,
+    tile,
+    first_token,
+    bias_ptr,
+    y_ptr,
+    M,
+    N,
+    y_stride,
+    INDEX: gl.constexpr,
+    WARPS_N: gl.constexpr,
+    WARPS_K: gl.constexpr,
+    ROW_TILES: gl.constexpr,
+    TOKEN_TILES: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+):
+    n, m = _place(tile, first_token, INDEX, WARPS_N, WARPS_K, ROW_TILES, TOKEN_TILES)
+    if HAS_BIAS:
+        total += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)
+    place = y_ptr + m.to(gl.int64) * y_stride + n
+    gl.store(place, total.to(y_ptr.dtype.element_ty), mask=(m < M) & (n < N))
+
+
+@gluon.jit
+def _store(
+    sums,
+    tile,
+    first_token,
+    bias_ptr,
+    y_ptr,
+    M,
+    N,
+    y_stride,
+    WARPS_N: gl.constexpr,
+    WARPS_K: gl.constexpr,
+    ROW_TILES: gl.constexpr,
+    TOKEN_TILES: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+):
+    for i in gl.static_range(ROW_TILES * TOKEN_TILES):
+        _write(
+            _over_columns(sums[i], WARPS_N, WARPS_K), tile, first_token, bias_ptr, y_ptr, M, N,
+            y_stride, i, WARPS_N, WARPS_K, ROW_TILES, TOKEN_TILES, HAS_BIAS,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _add_up(
+    sums,
+    tile,
+    first_tile,
+    program,
+    block,
+    blocks,
+    first_token,
+    bias_ptr,
+    y_ptr,
+    parts_ptr,
+    counters_ptr,
+    M,
+    N,
+    chunks,
+    PER,
+    tiles,
+    y_stride,
+    WARPS_N: gl.constexpr,
+    WARPS_K: gl.constexpr,
+    ROW_TILES: gl.constexpr,
+    TOKEN_TILES: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+):
+    """Writes this program's part of a tile; the last program to do so adds all parts."""
+    SUMS: gl.constexpr = _sums(WARPS_N, WARPS_K)
+    COUNT: gl.constexpr = ROW_TILES * TOKEN_TILES
+    SIZE: gl.constexpr = COUNT * WARPS_N * 128
+    lane = gl.arange(0, WARPS_N * 32, layout=gl.SliceLayout(1, SUMS))
+    register = gl.arange(0, 4, layout=gl.SliceLayout(0, SUMS))
+    at = (lane * 4)[:, None] + register[None, :]
+
+    # A program shares at most the tile it begins with and the tile it ends with.
+    part = (2 * program + (tile != first_tile).to(gl.int32)) * blocks + block
+    mine = parts_ptr + part.to(gl.int64) * SIZE
+    for i in gl.static_range(COUNT):
+        gl.store(mine + i * (WARPS_N * 128) + at, _over_columns(sums[i], WARPS_N, WARPS_K))
+    low = (tile * chunks) // PER
+    high = (tile * chunks + chunks - 1) // PER
+    counter = counters_ptr + tile * blocks + block
+    _barrier()
+    arrived = gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    _barrier()
+    if arrived == high - low:
+        totals = ()
+        for i in gl.static_range(COUNT):
+            totals = totals + (gl.zeros([WARPS_N * 32, 4], gl.float32, SUMS),)
+        for other in range(low, high + 1):
+            is_last = ((other * PER) // chunks != tile).to(gl.int32)
+            part = (2 * other + is_last) * blocks + block
+            theirs = parts_ptr + part.to(gl.int64) * SIZE
+            # All reads of a part before any addition: they are in flight together.
+            reads = ()
+            for i in gl.static_range(COUNT):
+                place = theirs + i * (WARPS_N * 128) + at
+                reads = reads + (gl.load(place, cache_modifier=".cg"),)
+            new = ()
+            for i in gl.static_range(COUNT):
+                new = new + (totals[i] + reads[i],)
+            totals = new
+        for i in gl.static_range(COUNT):
+            _write(
+                totals[i], tile, first_token, bias_ptr, y_ptr, M, N, y_stride, i,
+                WARPS_N, WARPS_K, ROW_TILES, TOKEN_TILES, HAS_BIAS,
+            )  # fmt: skip
+        gl.store(counter, 0)
+
+
+if hasattr(gl, "barrier"):
+
+    @gluon.jit
+    def _barrier():
+        gl.barrier()
+
+else:  # Triton 3.6
+
+    @gluon.jit
+    def _barrier():
+        gl.thread_barrier()
