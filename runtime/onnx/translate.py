@@ -31,6 +31,7 @@ from zeroskip.runtime.onnx.masked_linear import (
 from zeroskip.runtime.onnx.packed_linear import add_body, sparse_linear_translation
 from zeroskip.runtime.onnx.skeleton import NARROW, Skeleton, strip_data
 from zeroskip.runtime.onnx.transformers_patches import graph_fixes, onnx_patches, translations
+from zeroskip.runtime.onnx.unpacked_linear import unpack_linears, unpacking_translation
 
 OPSET = 20
 NOISY = (
@@ -72,11 +73,13 @@ def translate(
         LoweringError: A parameter has no weight, or an operator has no ONNX form.
     """
     skeleton = strip_data(graph_module, example_inputs, weights)
+    weights = unpack_linears(skeleton, weights)
     masked = masked_weights(skeleton.graph_module)
     table = {
         **translations(),
         **masked_linear_translation(),
         **sparse_linear_translation(),
+        **unpacking_translation(),
         **(translation_table or {}),
     }
     try:
