@@ -1,0 +1,84 @@
+"""`zeroskip::linear_24` on CUDA: the kernel that was measured to be fastest for each number of tokens.
+
+Importing this module registers it. The forms of a weight that kernels read are made when they are
+first needed and live as long as its tensor of values; so does their work space. Run every shape
+once before a CUDA graph is captured: what is made inside a capture belongs to that graph.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from zeroskip.ir.linear_24 import as_rows, check_operands, linear_24, read_weight
+from zeroskip.runtime.candidates24 import KERNELS, Call, Form
+from zeroskip.runtime.gpu_dispatch import Table, key_of, shipped_table
+
+_forms: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_lock = threading.Lock()
+_tables: list[Table] = []
+
+
+def use_table(table: Table) -> None:
+    """Makes a table of measurements decide, before those used so far and that of the package."""
+    _tables.insert(0, table)
+
+
+def forget_tables() -> None:
+    """Leaves the table of the package alone to decide."""
+    _tables.clear()
+
+
+@linear_24.register_kernel("cuda")
+def _(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    codes: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    rows: int = 0,
+) -> torch.Tensor:
+    columns = x.shape[-1]
+    check_operands(x, columns, values, codes, bias, rows)
+    count = rows or values.shape[0]
+    flat = as_rows(x)
+    if not flat.shape[0] or not count:
+        return x.new_zeros((*x.shape[:-1], count))
+    key = key_of(count, columns, x.dtype, x.device)
+    table = next((each for each in [*_tables, shipped_table()] if key in each.entries), None)
+    choice = (table or Table()).find(key, flat.shape[0])
+    kernel = KERNELS[choice.kernel]
+    if kernel.refuse(x.dtype, count, columns, x.device) is not None:
+        kernel = KERNELS["dense"]
+    form, scratch = _prepare(kernel.make, values, codes, rows, columns)
+    flat = flat if flat.stride(1) == 1 else flat.contiguous()
+    y = kernel.run(form, Call(flat, bias, count, scratch), choice.options)
+    return y.reshape(*x.shape[:-1], count)
+
+
+def _prepare(
+    make: Any, values: torch.Tensor, codes: torch.Tensor, rows: int, columns: int
+) -> tuple[Form, dict[str, torch.Tensor]]:
+    """Returns a form of a weight, and the work space of its products on the current stream."""
+    if values.dim() == 4 and make is KERNELS["mma24"].make:
+        form: Form = (values, codes)
+    else:
+        form = _made(make, values, codes, rows, columns)
+    stream = torch.cuda.current_stream(values.device).cuda_stream
+    with _lock:
+        known = _forms.setdefault(values, {})
+        return form, known.setdefault(("scratch", stream), {})
+
+
+def _made(make: Any, values: torch.Tensor, codes: torch.Tensor, rows: int, columns: int) -> Form:
+    with _lock:
+        known = _forms.setdefault(values, {})
+        held = known.get(make)
+        # Codes are held weakly by identity only through their values: others mean another weight.
+        if held is None or held[0] is not codes:
+            weight = read_weight(values.detach(), codes, rows, columns)
+            known[make] = (codes, make(weight))
+        form: Form = known[make][1]
+        return form
