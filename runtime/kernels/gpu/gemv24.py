@@ -45,22 +45,27 @@ class Gemv24Config:
     chunks: int
     split: int
     warps: int
-    turns: int = 1
+    turns: int
 
 
 CONFIGS = (
-    Gemv24Config(tokens=1, rows=8, chunks=4, split=1, warps=4),
-    Gemv24Config(tokens=1, rows=8, chunks=4, split=2, warps=4),
-    Gemv24Config(tokens=1, rows=16, chunks=2, split=1, warps=4),
-    Gemv24Config(tokens=1, rows=16, chunks=2, split=4, warps=4),
-    Gemv24Config(tokens=1, rows=16, chunks=4, split=2, warps=4, turns=2),
-    Gemv24Config(tokens=1, rows=32, chunks=1, split=4, warps=4),
-    Gemv24Config(tokens=2, rows=8, chunks=4, split=1, warps=4, turns=2),
+    Gemv24Config(tokens=1, rows=8, chunks=8, split=1, warps=8, turns=2),
+    Gemv24Config(tokens=1, rows=8, chunks=4, split=1, warps=4, turns=2),
+    Gemv24Config(tokens=1, rows=8, chunks=4, split=2, warps=4, turns=1),
+    Gemv24Config(tokens=1, rows=16, chunks=2, split=4, warps=4, turns=1),
+    Gemv24Config(tokens=1, rows=32, chunks=1, split=4, warps=4, turns=1),
+    Gemv24Config(tokens=2, rows=8, chunks=8, split=1, warps=8, turns=2),
+    Gemv24Config(tokens=2, rows=8, chunks=4, split=2, warps=4, turns=2),
     Gemv24Config(tokens=2, rows=16, chunks=2, split=2, warps=4, turns=2),
-    Gemv24Config(tokens=2, rows=16, chunks=4, split=2, warps=4, turns=2),
-    Gemv24Config(tokens=4, rows=8, chunks=4, split=1, warps=4, turns=2),
+    Gemv24Config(tokens=4, rows=8, chunks=4, split=2, warps=4, turns=2),
     Gemv24Config(tokens=4, rows=16, chunks=2, split=2, warps=4, turns=2),
 )
+
+
+@triton.jit
+def _load_groups(pointers, in_range, is_whole: tl.constexpr):
+    """Returns groups of four activations as int64; zeros past the end of a row."""
+    return tl.load(pointers) if is_whole else tl.load(pointers, mask=in_range, other=0)
 
 
 @triton.jit
@@ -154,7 +159,8 @@ def gemv24_kernel(
     part_steps = tl.cdiv(steps, split)
     last_step = tl.minimum((part + 1) * part_steps, steps)
     for turn in range(part * part_steps * turns, last_step * turns):
-        step = turn // turns
+        step = turn >> (turns - 1)
+        turn_of_step = turn & (turns - 1)
         first_word = step * tile_words
         if is_whole:
             metadata = tl.load(metadata_base + first_word, eviction_policy="evict_first")
@@ -162,29 +168,28 @@ def gemv24_kernel(
             has_word = (first_word + word < metadata_stride)[None, :]
             metadata = tl.load(metadata_base + first_word, mask=has_word, other=0)
         if turns == 2:
-            metadata = metadata >> (16 * (turn % 2))
-        first_turn_group = step * step_groups + (turn % turns) * (sub_steps // turns * chunk_words)
+            metadata = metadata >> (16 * turn_of_step)
+        first_turn_group = step * step_groups + turn_of_step * (sub_steps // turns * chunk_words)
         for sub_step in tl.static_range(sub_steps // turns):
             first_group = first_turn_group + sub_step * chunk_words
             places = (metadata >> (2 * (sub_step % 4) + 16 * (sub_step // 4))) & 0x0303
             in_range = first_group + word_group < groups
             if is_whole:
                 pairs = tl.load(pairs_base + first_group, eviction_policy="evict_first")
-                group0 = tl.load(x_base0 + first_group)
             else:
                 pairs = tl.load(pairs_base + first_group, mask=in_range[None, :], other=0)
-                group0 = tl.load(x_base0 + first_group, mask=in_range, other=0)
+            group0 = _load_groups(x_base0 + first_group, in_range, is_whole)
             selected0 = _select(group0, places, byte_select)
             total0 = _accumulate(total0, pairs, selected0, is_float16)
             if tile_tokens > 1:
-                group1 = tl.load(x_base1 + first_group, mask=in_range, other=0)
+                group1 = _load_groups(x_base1 + first_group, in_range, is_whole)
                 selected1 = _select(group1, places, byte_select)
                 total1 = _accumulate(total1, pairs, selected1, is_float16)
             if tile_tokens > 2:
-                group2 = tl.load(x_base2 + first_group, mask=in_range, other=0)
+                group2 = _load_groups(x_base2 + first_group, in_range, is_whole)
                 selected2 = _select(group2, places, byte_select)
                 total2 = _accumulate(total2, pairs, selected2, is_float16)
-                group3 = tl.load(x_base3 + first_group, mask=in_range, other=0)
+                group3 = _load_groups(x_base3 + first_group, in_range, is_whole)
                 selected3 = _select(group3, places, byte_select)
                 total3 = _accumulate(total3, pairs, selected3, is_float16)
 

@@ -40,5 +40,11 @@ def test_no_tokens_and_no_rows(kernel: str) -> None:
     checks.check_no_tokens_and_no_rows(kernel, "cpu")
 
 
+@pytest.mark.parametrize("dtype", checks.FLOAT_TYPES, ids=str)
+@pytest.mark.parametrize("shape", checks.SHAPES, ids=str)
+def test_dense_weight_of_decompress24(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    checks.check_decompressed(shape, dtype, "cpu")
+
+
 def test_split_sum() -> None:
     checks.check_split_sum("cpu")
