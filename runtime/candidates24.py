@@ -65,12 +65,15 @@ class Call:
     rows: int
     scratch: dict[str, torch.Tensor]
     """Work space that outlives the call, by name and size: not for two streams at once."""
+    spare: dict[str, torch.Tensor] | None = None
+    """Gets as much, for later calls inside a CUDA graph, where it would have to be made anew."""
 
     def room(self, name: str, count: int, dtype: torch.dtype) -> torch.Tensor:
         """Returns zeros at first, and later what the last user of the name left."""
         key = f"{name} {count}"
-        if key not in self.scratch:
-            self.scratch[key] = torch.zeros(count, dtype=dtype, device=self.x.device)
+        for held in (self.scratch, self.spare):
+            if held is not None and key not in held:
+                held[key] = torch.zeros(count, dtype=dtype, device=self.x.device)
         return self.scratch[key]
 
 
@@ -103,13 +106,46 @@ def _run_dense(form: Form, call: Call, options: Mapping[str, int]) -> torch.Tens
     return torch.nn.functional.linear(call.x, form[0], call.bias)
 
 
-# Shapes of mma24 that were best, or within 2 %, for some layer on an H200; by tiles of 8 tokens.
+# Warps over rows, over columns, row tiles, stages and steps of mma24 that were best, or within 2 %,
+# for some layer on an H200; by tiles of 8 tokens.
 _MMA_SHAPES = {
-    1: ((1, 2, 1, 3), (1, 2, 2, 2), (2, 1, 2, 3), (8, 1, 1, 3), (1, 4, 1, 2), (4, 1, 2, 3)),
-    2: ((2, 2, 1, 3), (2, 1, 1, 4), (4, 1, 1, 2), (1, 2, 2, 3), (2, 1, 2, 4)),
-    4: ((2, 2, 1, 2), (2, 1, 2, 3), (4, 1, 1, 3), (4, 1, 2, 2), (8, 1, 1, 2), (2, 2, 2, 2)),
-    8: ((4, 1, 1, 2), (4, 1, 1, 3), (8, 1, 1, 2), (8, 1, 1, 3), (4, 1, 2, 3), (8, 1, 2, 2)),
-    16: ((8, 1, 1, 2),),
+    1: (
+        (1, 2, 1, 3, 8),
+        (1, 2, 2, 2, 8),
+        (2, 1, 2, 3, 8),
+        (8, 1, 1, 3, 8),
+        (1, 4, 1, 2, 8),
+        (4, 1, 2, 3, 8),
+        (1, 8, 1, 3, 4),
+    ),
+    2: (
+        (2, 2, 1, 3, 8),
+        (2, 1, 1, 4, 8),
+        (4, 1, 1, 2, 8),
+        (1, 2, 2, 3, 8),
+        (2, 1, 2, 4, 8),
+        (2, 2, 1, 6, 4),
+    ),
+    4: (
+        (2, 2, 1, 2, 8),
+        (2, 1, 2, 3, 8),
+        (4, 1, 1, 3, 8),
+        (4, 1, 2, 2, 8),
+        (4, 1, 2, 4, 4),
+        (8, 1, 2, 4, 4),
+        (2, 2, 2, 3, 4),
+    ),
+    8: (
+        (4, 1, 1, 2, 8),
+        (4, 1, 2, 3, 8),
+        (8, 1, 2, 2, 8),
+        (8, 1, 2, 4, 4),
+        (4, 1, 2, 3, 4),
+        (4, 1, 2, 5, 4),
+        (8, 1, 1, 4, 4),
+        (2, 1, 2, 4, 4),
+    ),
+    16: ((8, 1, 1, 2, 8), (8, 1, 1, 4, 4)),
 }
 
 
@@ -120,9 +156,11 @@ def _offer_mma(tokens: int, rows: int, columns: int) -> Iterator[dict[str, int]]
     tiles = next((count for count in _MMA_SHAPES if count >= needed), 16)
     fits = [tiles] if tiles < 16 else [8, 16]
     for count in fits:
-        for warps_n, warps_k, row_tiles, stages in _MMA_SHAPES[count]:
+        for warps_n, warps_k, row_tiles, stages, size in _MMA_SHAPES[count]:
             for split in (1, 2, 4, 0):
-                config = mma24_launch.Config(warps_n, warps_k, row_tiles, count, stages, split)
+                config = mma24_launch.Config(
+                    warps_n, warps_k, row_tiles, count, stages, size, split
+                )
                 programs = -(-rows // config.rows) * max(1, split) * -(-tokens // config.tokens)
                 if split > 1 and programs > _ENOUGH_PROGRAMS:
                     continue
@@ -253,14 +291,18 @@ def _make_blob(weight: SemiStructuredWeight) -> Form:
 
 def _offer_cusparselt(tokens: int, rows: int, columns: int) -> Iterator[dict[str, int]]:
     if tokens >= CUSPARSELT_LEAST:
-        # -1: searched when it is tuned, by `search_cusparselt`.
-        yield {"algorithm": -1, "split_k": 1, "split_k_mode": -1}
+        # -1: searched when it is tuned, by `search_cusparselt`; the others often win.
+        for algorithm in (-1, 17, 20, 12):
+            plain = {"algorithm": algorithm, "split_k": 1, "split_k_mode": -1}
+            yield {"tokens": tokens, **plain}
 
 
 def _run_cusparselt(form: Form, call: Call, options: Mapping[str, int]) -> torch.Tensor:
     tokens = call.x.shape[0]
-    # It takes tokens by 8.
-    x = torch.nn.functional.pad(call.x, (0, 0, 0, -tokens % 8)).contiguous()
+    # An algorithm found for some number of tokens can take twice as long for fewer: as many are
+    # given to it. It takes them by 8 in any case.
+    missing = max(options["tokens"] - tokens, -tokens % 8)
+    x = torch.nn.functional.pad(call.x, (0, 0, 0, missing)).contiguous()
     y = torch._cslt_sparse_mm(
         form[0],
         x.t(),

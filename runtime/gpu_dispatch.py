@@ -2,7 +2,8 @@
 
 A table holds, for each (rows, columns, dtype, device name) and number of tokens, the fastest
 candidate and its speed-up. A call takes the entry of the smallest number of tokens that is at least
-its own. Where nothing was measured on the device, dense runs, but for what the table of the package
+its own, unless dense, whose time for its own number lies between those measured, is expected to be
+faster. Where nothing was measured on the device, dense runs, but for what the table of the package
 knows of the same device.
 """
 
@@ -31,7 +32,7 @@ from zeroskip.runtime.candidates24 import (
     search_cusparselt,
 )
 
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 """Numbers of tokens that are measured unless others are asked."""
 LEAST = 1.0
 """A candidate this many times as fast as dense, measured in turn with it, replaces it."""
@@ -91,8 +92,17 @@ class Table:
         known = self.entries.get(key)
         if not known:
             return DENSE
-        fitting = [measured for measured in known if measured >= tokens]
-        return known[min(fitting) if fitting else max(known)].choice
+        above = min((each for each in known if each >= tokens), default=None)
+        if above is None:
+            return known[max(known)].choice
+        entry = known[above]
+        below = max((each for each in known if each < tokens), default=None)
+        if below is not None:
+            share = (tokens - below) / (above - below)
+            dense_us = known[below].dense_us * (1 - share) + entry.dense_us * share
+            if entry.us > dense_us:
+                return DENSE
+        return entry.choice
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values for JSON, in a fixed order."""
@@ -260,7 +270,7 @@ def _tune_one(
             if choice.kernel == "cusparselt" and choice.options["algorithm"] < 0:
                 padded = torch.nn.functional.pad(x, (0, 0, 0, -tokens % 8))
                 form = rotating.forms("cusparselt")[0]
-                choice = Choice("cusparselt", search_cusparselt(form, padded))
+                choice = Choice("cusparselt", {"tokens": tokens, **search_cusparselt(form, padded)})
             us = gpu_timing.time_call(rotating.calls(choice, call))
         except (RuntimeError, ValueError, LoweringError) as error:
             on_trial(Trial(tokens, choice, None, f"{type(error).__name__}: {error}"))

@@ -2,7 +2,8 @@
 
 Importing this module registers it. The forms of a weight that kernels read are made when they are
 first needed and live as long as its tensor of values; so does their work space. Run every shape
-once before a CUDA graph is captured: what is made inside a capture belongs to that graph.
+once before a CUDA graph is captured: what is made inside a capture belongs to that graph. Graphs
+that hold the same linear share its work space: replay them one after another.
 """
 
 from __future__ import annotations
@@ -52,24 +53,27 @@ def _(
     kernel = KERNELS[choice.kernel]
     if kernel.refuse(x.dtype, count, columns, x.device) is not None:
         kernel = KERNELS["dense"]
-    form, scratch = _prepare(kernel.make, values, codes, rows, columns)
+    form, scratch, spare = _prepare(kernel.make, values, codes, rows, columns)
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
-    y = kernel.run(form, Call(flat, bias, count, scratch), choice.options)
+    y = kernel.run(form, Call(flat, bias, count, scratch, spare), choice.options)
     return y.reshape(*x.shape[:-1], count)
 
 
 def _prepare(
     make: Any, values: torch.Tensor, codes: torch.Tensor, rows: int, columns: int
-) -> tuple[Form, dict[str, torch.Tensor]]:
-    """Returns a form of a weight, and the work space of its products on the current stream."""
+) -> tuple[Form, dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
+    """Returns a form of a weight, and the work space of its products: here, and inside graphs."""
     if values.dim() == 4 and make is KERNELS["mma24"].make:
         form: Form = (values, codes)
     else:
         form = _made(make, values, codes, rows, columns)
-    stream = torch.cuda.current_stream(values.device).cuda_stream
     with _lock:
         known = _forms.setdefault(values, {})
-        return form, known.setdefault(("scratch", stream), {})
+        in_graphs = known.setdefault("in graphs", {})
+        if torch.cuda.is_current_stream_capturing():
+            return form, in_graphs, None
+        stream = torch.cuda.current_stream(values.device).cuda_stream
+        return form, known.setdefault(stream, {}), in_graphs
 
 
 def _made(make: Any, values: torch.Tensor, codes: torch.Tensor, rows: int, columns: int) -> Form:

@@ -5,7 +5,7 @@ operand of the instruction: 16 rows of W meet 8 tokens. Triton has no operator f
 `inline_asm_elementwise` emits it: an int32 tensor [32 * warps, 4] laid out as `_lanes` says is
 exactly four registers of each lane.
 
-A unit of work is one chunk of columns (256 for each of WARPS_K) of one tile of rows. Each program takes
+A unit of work is one chunk of columns (32 * STEPS for each of WARPS_K) of one tile of rows. Each program takes
 PER units in a row, across the ends of tiles, and keeps STAGES of them in flight through a ring of
 asynchronous copies, so that memory is busy from its first unit to its last. Where programs share a
 tile, each writes its part, and the one that arrives last adds up all parts in their order: the result
@@ -27,17 +27,17 @@ _RENAMED_AFTER_3_6 = hasattr(async_copy, "async_load")
 _copy = async_copy.async_load if _RENAMED_AFTER_3_6 else async_copy.async_copy_global_to_shared
 
 
-def _instruction(step: int, dtype: str) -> str:
+def _instruction(word: int, selector: int, dtype: str) -> str:
     # One metadata word serves two steps: the selector says from which lanes it is taken.
     return (
         f"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.{dtype}.{dtype}.f32 "
         "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9,$10,$11}, {$12,$13,$14,$15}, "
-        f"${16 + step // 2}, 0x{step % 2};"
+        f"${16 + word}, 0x{selector};"
     )
 
 
-_BFLOAT16 = gl.constexpr(tuple(_instruction(step, "bf16") for step in range(8)))
-_FLOAT16 = gl.constexpr(tuple(_instruction(step, "f16") for step in range(8)))
+_BFLOAT16 = gl.constexpr(tuple(_instruction(at // 2, at % 2, "bf16") for at in range(8)))
+_FLOAT16 = gl.constexpr(tuple(_instruction(at // 2, at % 2, "f16") for at in range(8)))
 _OPERANDS = gl.constexpr("=f,=f,=f,=f,r,r,r,r,r,r,r,r,f,f,f,f,r,r,r,r")
 
 
@@ -56,11 +56,13 @@ def _sums(warps_n, warps_k):
 
 
 @gluon.jit
-def _multiply(a, b, c, e, STEP: gl.constexpr, FP16: gl.constexpr):
+def _multiply(a, b, c, e, STEP: gl.constexpr, STEPS: gl.constexpr, FP16: gl.constexpr):
+    # Of four steps there are two words, each of them twice.
+    AT: gl.constexpr = (STEP // 2) * (8 // STEPS) * 2 + STEP % 2
     if FP16:
-        asm: gl.constexpr = _FLOAT16[STEP]
+        asm: gl.constexpr = _FLOAT16[AT]
     else:
-        asm: gl.constexpr = _BFLOAT16[STEP]
+        asm: gl.constexpr = _BFLOAT16[AT]
     return gl.inline_asm_elementwise(
         asm, _OPERANDS, [a, b, c, e], dtype=gl.float32, is_pure=True, pack=4
     )
@@ -88,6 +90,7 @@ def _issue(
     WARPS_K: gl.constexpr,
     ROW_TILES: gl.constexpr,
     TOKEN_TILES: gl.constexpr,
+    STEPS: gl.constexpr,
     EVEN: gl.constexpr,
 ):
     """Starts the copies of one unit into a stage of the ring; one copy each, or barriers multiply."""
@@ -96,46 +99,50 @@ def _issue(
     register = gl.arange(0, 4, layout=gl.SliceLayout(0, LANES))
 
     # Rows of the values in a stage: row tile, step, warp, lane.
-    row = gl.arange(0, ROW_TILES * 8 * WARPS * 32, layout=gl.SliceLayout(1, LANES))
+    row = gl.arange(0, ROW_TILES * STEPS * WARPS * 32, layout=gl.SliceLayout(1, LANES))
     warp = (row // 32) % WARPS
-    row_tile = (row // (WARPS * 256)) * WARPS_N + warp // WARPS_K
-    step = (warp % WARPS_K) * 8 + (row // (WARPS * 32)) % 8
+    row_tile = (row // (WARPS * STEPS * 32)) * WARPS_N + warp // WARPS_K
+    step = (warp % WARPS_K) * STEPS + (row // (WARPS * 32)) % STEPS
     offset = row_tile * (steps * 128) + step * 128 + (row % 32) * 4
     base = values_ptr + tile.to(gl.int64) * (ROW_TILES * WARPS_N * 128) * steps
     here = (row * 0) < live
     if not EVEN:
-        here = here & (step + chunk * (WARPS_K * 8) < steps)
+        here = here & (step + chunk * (WARPS_K * STEPS) < steps)
         here = here & (tile * (ROW_TILES * WARPS_N) + row_tile < tiles_of_16)
-    source = base + chunk * (WARPS_K * 8 * 128) + (offset[:, None] + register[None, :])
+    source = base + chunk * (WARPS_K * STEPS * 128) + (offset[:, None] + register[None, :])
     _copy(values.index(stage), source, mask=here[:, None], eviction_policy="evict_first")
 
-    # Rows of the codes: row tile, warp, lane.
-    row = gl.arange(0, ROW_TILES * WARPS * 32, layout=gl.SliceLayout(1, LANES))
+    # Rows of the codes: row tile, warp, lane; a word for two steps.
+    WORDS: gl.constexpr = STEPS // 2
+    PAIRS: gl.constexpr = gl.BlockedLayout([1, WORDS], [32, 1], [WARPS, 1], [1, 0])
+    word = gl.arange(0, WORDS, layout=gl.SliceLayout(0, PAIRS))
+    row = gl.arange(0, ROW_TILES * WARPS * 32, layout=gl.SliceLayout(1, PAIRS))
     warp = (row // 32) % WARPS
     row_tile = (row // (WARPS * 32)) * WARPS_N + warp // WARPS_K
-    group = warp % WARPS_K
-    offset = row_tile * (groups * 128) + group * 128 + (row % 32) * 4
+    first = (chunk * WARPS_K + warp % WARPS_K) * STEPS
+    offset = row_tile * (groups * 128) + (first // 8) * 128 + (row % 32) * 4 + (first % 8) // 2
     base = codes_ptr + tile.to(gl.int64) * (ROW_TILES * WARPS_N * 128) * groups
     here = (row * 0) < live
     if not EVEN:
-        here = here & (group + chunk * WARPS_K < groups)
+        here = here & (first < steps)
         here = here & (tile * (ROW_TILES * WARPS_N) + row_tile < tiles_of_16)
-    source = base + chunk * (WARPS_K * 128) + (offset[:, None] + register[None, :])
+    source = base + (gl.multiple_of(offset, WORDS)[:, None] + word[None, :])
     _copy(codes.index(stage), source, mask=here[:, None], eviction_policy="evict_first")
 
-    # Rows of the activations: token tile, warp along columns, token; 256 columns each.
-    WORDS: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
-    row = gl.arange(0, TOKEN_TILES * WARPS_K * 8, layout=gl.SliceLayout(1, WORDS))
-    word = gl.arange(0, 128, layout=gl.SliceLayout(0, WORDS))
+    # Rows of the activations: token tile, warp along columns, token.
+    WIDE: gl.constexpr = STEPS * 16
+    QUADS: gl.constexpr = gl.BlockedLayout([1, 4], [128 // WIDE, WIDE // 4], [WARPS, 1], [1, 0])
+    row = gl.arange(0, TOKEN_TILES * WARPS_K * 8, layout=gl.SliceLayout(1, QUADS))
+    word = gl.arange(0, WIDE, layout=gl.SliceLayout(0, QUADS))
     token = first_token + (row // (WARPS_K * 8)) * 8 + row % 8
-    column = ((row // 8) % WARPS_K) * 128
+    column = ((row // 8) % WARPS_K) * WIDE
     offset = token * (x_stride * 4) + column
     here = ((token < M) & ((row * 0) < live))[:, None]
     if not EVEN:
         # What is masked is filled with zeros: a NaN left in the ring would spoil the sum.
-        inside = column[:, None] + word[None, :] + chunk * (WARPS_K * 128) < steps * 16
+        inside = column[:, None] + word[None, :] + chunk * (WARPS_K * WIDE) < steps * 16
         here = here & inside
-    source = x_ptr + chunk * (WARPS_K * 128) + (offset[:, None] + word[None, :])
+    source = x_ptr + chunk * (WARPS_K * WIDE) + (offset[:, None] + word[None, :])
     _copy(tokens.index(stage), source, mask=here)
     async_copy.commit_group()
 
@@ -181,6 +188,7 @@ def mma24(
     WARPS_K: gl.constexpr,
     ROW_TILES: gl.constexpr,
     TOKEN_TILES: gl.constexpr,
+    STEPS: gl.constexpr,
     STAGES: gl.constexpr,
     SHARED_TILES: gl.constexpr,
     FP16: gl.constexpr,
@@ -210,6 +218,7 @@ def mma24(
         WARPS_K: Warps over columns of W.
         ROW_TILES: Tiles of 16 rows of a warp.
         TOKEN_TILES: Tiles of 8 tokens of a program.
+        STEPS: Tiles of 32 columns of a warp in a unit: 4 or 8.
         STAGES: Of the ring.
         SHARED_TILES: Whether PER divides tiles among programs.
         FP16: float16 rather than bfloat16.
@@ -217,7 +226,9 @@ def mma24(
         EVEN: Whether tiles and chunks divide the weight.
     """
     WARPS: gl.constexpr = WARPS_N * WARPS_K
+    WORDS: gl.constexpr = STEPS // 2
     LANES: gl.constexpr = _lanes(WARPS)
+    PAIRS: gl.constexpr = gl.BlockedLayout([1, WORDS], [32, 1], [WARPS, 1], [1, 0])
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 1, [1, 0])
     SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
     # Lane 4g + t holds words t, t + 4, t + 8 and t + 12 of token g; warps over rows hold the same.
@@ -233,9 +244,15 @@ def mma24(
     first_unit = program * PER
     end = gl.minimum(first_unit + PER, tiles * chunks)
 
-    values = gl.allocate_shared_memory(gl.int32, [STAGES, ROW_TILES * 8 * WARPS * 32, 4], PLAIN)
-    codes = gl.allocate_shared_memory(gl.int32, [STAGES, ROW_TILES * WARPS * 32, 4], PLAIN)
-    tokens = gl.allocate_shared_memory(gl.int32, [STAGES, TOKEN_TILES * WARPS_K * 8, 128], SWIZZLED)
+    values = gl.allocate_shared_memory(gl.int32, [STAGES, ROW_TILES * STEPS * WARPS * 32, 4], PLAIN)
+    codes = gl.allocate_shared_memory(
+        gl.int32,
+        [STAGES, ROW_TILES * WARPS * 32, WORDS],
+        gl.SwizzledSharedLayout(WORDS, 1, 1, [1, 0]),
+    )
+    tokens = gl.allocate_shared_memory(
+        gl.int32, [STAGES, TOKEN_TILES * WARPS_K * 8, STEPS * 16], SWIZZLED
+    )
     sums = ()
     for i in gl.static_range(ROW_TILES * TOKEN_TILES):
         sums = sums + (gl.zeros([32 * WARPS, 4], gl.float32, LANES),)
@@ -250,7 +267,7 @@ def mma24(
         _issue(
             values, codes, tokens, stage, values_ptr, codes_ptr, x_ptr, next_tile, next_chunk, live,
             first_token, M, tiles_of_16, steps, groups, x_stride,
-            WARPS_N, WARPS_K, ROW_TILES, TOKEN_TILES, EVEN,
+            WARPS_N, WARPS_K, ROW_TILES, TOKEN_TILES, STEPS, EVEN,
         )  # fmt: skip
         next_tile, next_chunk = _next(next_tile, next_chunk, chunks)
     slot = 0
@@ -260,28 +277,32 @@ def mma24(
         _issue(
             values, codes, tokens, free, values_ptr, codes_ptr, x_ptr, next_tile, next_chunk, live,
             first_token, M, tiles_of_16, steps, groups, x_stride,
-            WARPS_N, WARPS_K, ROW_TILES, TOKEN_TILES, EVEN,
+            WARPS_N, WARPS_K, ROW_TILES, TOKEN_TILES, STEPS, EVEN,
         )  # fmt: skip
         next_tile, next_chunk = _next(next_tile, next_chunk, chunks)
         async_copy.wait_group(STAGES - 1)
         words = ()
         for r in gl.static_range(ROW_TILES):
-            words = words + (codes.index(slot).slice(r * 32 * WARPS, 32 * WARPS).load(LANES),)
-        for step in gl.static_range(8):
+            e = codes.index(slot).slice(r * 32 * WARPS, 32 * WARPS).load(PAIRS)
+            if STEPS == 4:
+                e = gl.join(e, e).reshape([32 * WARPS, 4])
+            words = words + (gl.convert_layout(e, LANES, assert_trivial=True),)
+        for step in gl.static_range(STEPS):
             columns = ()
             for t in gl.static_range(TOKEN_TILES):
-                rows = tokens.index(slot).slice(t * WARPS_K * 8, WARPS_K * 8)
-                b = rows.slice(step * 16, 16, dim=1).load(gl.SliceLayout(0, FRAGMENT))
+                x = tokens.index(slot).slice(t * WARPS_K * 8, WARPS_K * 8)
+                b = x.slice(step * 16, 16, dim=1).load(gl.SliceLayout(0, FRAGMENT))
                 like = gl.zeros([WARPS_N, WARPS_K * 8, 16], gl.int32, FRAGMENT)
                 like, b = gl.broadcast(like, gl.expand_dims(b, 0))
                 b = b.reshape([WARPS * 8, 4, 4]).permute(0, 2, 1).reshape([WARPS * 32, 4])
                 columns = columns + (gl.convert_layout(b, LANES, assert_trivial=True),)
             new = ()
             for r in gl.static_range(ROW_TILES):
-                a = values.index(slot).slice((r * 8 + step) * 32 * WARPS, 32 * WARPS).load(LANES)
+                w = values.index(slot).slice((r * STEPS + step) * 32 * WARPS, 32 * WARPS)
+                a = w.load(LANES)
                 for t in gl.static_range(TOKEN_TILES):
                     c = sums[r * TOKEN_TILES + t]
-                    new = new + (_multiply(a, columns[t], c, words[r], step, FP16),)
+                    new = new + (_multiply(a, columns[t], c, words[r], step, STEPS, FP16),)
             sums = new
         slot = gl.where(slot == STAGES - 1, 0, slot + 1)
         free = gl.where(free == STAGES - 1, 0, free + 1)

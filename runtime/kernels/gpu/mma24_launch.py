@@ -10,8 +10,8 @@ import torch
 from zeroskip.ir.fragments import COLUMNS, ROWS, TILES
 
 _TOKENS = 8
-_CHUNK_BYTES = 8 * 512
-"""Values of one step are 512 bytes a warp, eight steps make a chunk; tokens take as much."""
+_STEP_BYTES = 512
+"""Values of one step of a warp; those of 8 tokens are as many."""
 _RESERVED = 1024
 """Shared memory that the hardware keeps for itself of each program's share."""
 
@@ -26,6 +26,7 @@ class Config:
         row_tiles: Tiles of 16 rows of a warp.
         token_tiles: Tiles of 8 tokens of a program.
         stages: Chunks in the ring.
+        steps: Tiles of 32 columns of a warp in a chunk: 4 or 8.
         split: Programs that share a tile: 1 leaves each its own, 0 spreads all units evenly over
             the programs that the device holds at once.
     """
@@ -35,6 +36,7 @@ class Config:
     row_tiles: int
     token_tiles: int
     stages: int
+    steps: int = 8
     split: int = 1
 
     @property
@@ -54,8 +56,8 @@ class Config:
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a program."""
-        weights = self.warps * self.row_tiles * (_CHUNK_BYTES + 512)
-        return self.stages * (weights + self.token_tiles * self.warps_k * _CHUNK_BYTES)
+        weights = self.warps * self.row_tiles * _STEP_BYTES * 9 // 8
+        return self.stages * self.steps * (weights + self.token_tiles * self.warps_k * _STEP_BYTES)
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def cut(
     """
     steps = -(-columns // COLUMNS)
     groups = -(-steps // TILES)
-    chunks = -(-groups // config.warps_k)
+    chunks = -(-steps // (config.steps * config.warps_k))
     tiles = -(-rows // config.rows)
     blocks = -(-tokens // config.tokens)
     if config.split:
@@ -192,11 +194,12 @@ def launch(
         WARPS_K=config.warps_k,
         ROW_TILES=config.row_tiles,
         TOKEN_TILES=config.token_tiles,
+        STEPS=config.steps,
         STAGES=config.stages,
         SHARED_TILES=plan.shared_tiles,
         FP16=x.dtype == torch.float16,
         HAS_BIAS=bias is not None,
-        EVEN=plan.steps % (TILES * config.warps_k) == 0 and rows % config.rows == 0,
+        EVEN=plan.steps % (config.steps * config.warps_k) == 0 and rows % config.rows == 0,
         num_warps=config.warps,
     )
     return out
