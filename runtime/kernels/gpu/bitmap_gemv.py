@@ -43,8 +43,8 @@ class BitmapGemvConfig:
 CONFIGS = (
     BitmapGemvConfig(tokens=1, rows=32, split=1, warps=4),
     BitmapGemvConfig(tokens=1, rows=32, split=4, warps=4),
-    BitmapGemvConfig(tokens=2, rows=32, split=1, warps=4),
-    BitmapGemvConfig(tokens=2, rows=32, split=4, warps=4),
+    BitmapGemvConfig(tokens=2, rows=16, split=1, warps=4),
+    BitmapGemvConfig(tokens=2, rows=16, split=4, warps=4),
     BitmapGemvConfig(tokens=4, rows=16, split=1, warps=4),
     BitmapGemvConfig(tokens=4, rows=16, split=4, warps=4),
     BitmapGemvConfig(tokens=16, rows=64, split=1, warps=4),

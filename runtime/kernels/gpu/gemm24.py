@@ -44,7 +44,7 @@ CONFIGS = (
     Gemm24Config(tokens=16, rows=64, split=4, warps=4, stages=1),
     Gemm24Config(tokens=16, rows=64, split=8, warps=4, stages=1),
     Gemm24Config(tokens=32, rows=64, split=8, warps=4, stages=1),
-    Gemm24Config(tokens=64, rows=128, split=4, warps=8, stages=1),
+    Gemm24Config(tokens=64, rows=64, split=4, warps=4, stages=1),
     Gemm24Config(tokens=128, rows=128, split=1, warps=8, stages=1),
 )
 

@@ -37,7 +37,7 @@ class Gemv24Config:
         split: Blocks that share the columns of a row.
         warps: Warps of a block.
         turns: 2 works on a step in two turns of four sub-steps each, which takes fewer registers and
-            reads the metadata twice.
+            reads the metadata twice; or 1.
     """
 
     tokens: int
@@ -57,8 +57,8 @@ CONFIGS = (
     Gemv24Config(tokens=2, rows=8, chunks=8, split=1, warps=8, turns=2),
     Gemv24Config(tokens=2, rows=8, chunks=4, split=2, warps=4, turns=2),
     Gemv24Config(tokens=2, rows=16, chunks=2, split=2, warps=4, turns=2),
-    Gemv24Config(tokens=4, rows=8, chunks=4, split=2, warps=4, turns=2),
-    Gemv24Config(tokens=4, rows=16, chunks=2, split=2, warps=4, turns=2),
+    Gemv24Config(tokens=4, rows=8, chunks=4, split=2, warps=8, turns=2),
+    Gemv24Config(tokens=4, rows=16, chunks=2, split=2, warps=8, turns=2),
 )
 
 
