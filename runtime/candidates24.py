@@ -106,69 +106,30 @@ def _run_dense(form: Form, call: Call, options: Mapping[str, int]) -> torch.Tens
     return torch.nn.functional.linear(call.x, form[0], call.bias)
 
 
-# Warps over rows, over columns, row tiles, stages and steps of mma24 that were best, or within 2 %,
-# for some layer on an H200; by tiles of 8 tokens.
-_MMA_SHAPES = {
-    1: (
-        (1, 2, 1, 3, 8),
-        (1, 2, 2, 2, 8),
-        (2, 1, 2, 3, 8),
-        (8, 1, 1, 3, 8),
-        (1, 4, 1, 2, 8),
-        (4, 1, 2, 3, 8),
-        (1, 8, 1, 3, 4),
-    ),
-    2: (
-        (2, 2, 1, 3, 8),
-        (2, 1, 1, 4, 8),
-        (4, 1, 1, 2, 8),
-        (1, 2, 2, 3, 8),
-        (2, 1, 2, 4, 8),
-        (2, 2, 1, 6, 4),
-    ),
-    4: (
-        (2, 2, 1, 2, 8),
-        (2, 1, 2, 3, 8),
-        (4, 1, 1, 3, 8),
-        (4, 1, 2, 2, 8),
-        (4, 1, 2, 4, 4),
-        (8, 1, 2, 4, 4),
-        (2, 2, 2, 3, 4),
-    ),
-    8: (
-        (4, 1, 1, 2, 8),
-        (4, 1, 2, 3, 8),
-        (8, 1, 2, 2, 8),
-        (8, 1, 2, 4, 4),
-        (4, 1, 2, 3, 4),
-        (4, 1, 2, 5, 4),
-        (8, 1, 1, 4, 4),
-        (2, 1, 2, 4, 4),
-    ),
-    16: ((8, 1, 1, 2, 8), (8, 1, 1, 4, 4)),
-}
-
-
 def _offer_mma(tokens: int, rows: int, columns: int) -> Iterator[dict[str, int]]:
     if tokens > MMA_MOST:
         return
     needed = -(-tokens // 8)
-    tiles = next((count for count in _MMA_SHAPES if count >= needed), 16)
-    fits = [tiles] if tiles < 16 else [8, 16]
-    for count in fits:
-        for warps_n, warps_k, row_tiles, stages, size in _MMA_SHAPES[count]:
-            for split in (1, 2, 4, 0):
-                config = mma24_launch.Config(
-                    warps_n, warps_k, row_tiles, count, stages, size, split
-                )
-                programs = -(-rows // config.rows) * max(1, split) * -(-tokens // config.tokens)
-                if split > 1 and programs > _ENOUGH_PROGRAMS:
-                    continue
-                yield dataclasses.asdict(config)
+    widest = max(config.token_tiles for config in mma24_launch.CONFIGS)
+    tiles = min(
+        (c.token_tiles for c in mma24_launch.CONFIGS if c.token_tiles >= needed), default=widest
+    )
+    for config in mma24_launch.CONFIGS:
+        if config.token_tiles != tiles:
+            continue
+        for split in (1, 2, 4, 0):
+            programs = -(-rows // config.rows) * -(-tokens // config.tokens)
+            if split < 2 or split * programs <= _ENOUGH_PROGRAMS:
+                yield dataclasses.asdict(dataclasses.replace(config, split=split))
 
 
 _ENOUGH_PROGRAMS = 1024
 """More need not share tiles."""
+
+
+def _fits(options: Mapping[str, int], device: torch.device) -> bool:
+    most = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return mma24_launch.Config(**options).shared_bytes <= most
 
 
 def _run_mma(form: Form, call: Call, options: Mapping[str, int]) -> torch.Tensor:
@@ -294,14 +255,14 @@ def _offer_cusparselt(tokens: int, rows: int, columns: int) -> Iterator[dict[str
         # -1: searched when it is tuned, by `search_cusparselt`; the others often win.
         for algorithm in (-1, 17, 20, 12):
             plain = {"algorithm": algorithm, "split_k": 1, "split_k_mode": -1}
-            yield {"tokens": tokens, **plain}
+            yield {"least": tokens, **plain}
 
 
 def _run_cusparselt(form: Form, call: Call, options: Mapping[str, int]) -> torch.Tensor:
     tokens = call.x.shape[0]
     # An algorithm found for some number of tokens can take twice as long for fewer: as many are
     # given to it. It takes them by 8 in any case.
-    missing = max(options["tokens"] - tokens, -tokens % 8)
+    missing = max(options["least"] - tokens, -tokens % 8)
     x = torch.nn.functional.pad(call.x, (0, 0, 0, missing)).contiguous()
     y = torch._cslt_sparse_mm(
         form[0],
@@ -354,6 +315,7 @@ def list_candidates(
         for name, kernel in KERNELS.items()
         if name != "dense" and kernel.refuse(dtype, rows, columns, device) is None
         for options in kernel.offers(tokens, rows, columns)
+        if name != "mma24" or _fits(options, device)
     ]
 
 

@@ -36,6 +36,9 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048
 """Numbers of tokens that are measured unless others are asked."""
 LEAST = 1.0
 """A candidate this many times as fast as dense, measured in turn with it, replaces it."""
+BETWEEN = 1.05
+"""For a number of tokens between two that were measured, by which dense is to be beaten: dense gets
+slower in steps, and rows that are added to reach the measured number have to be copied."""
 FINALISTS = 3
 """The fastest of the first round are measured again, in turn with dense."""
 VERSION = 1
@@ -100,7 +103,7 @@ class Table:
         if below is not None:
             share = (tokens - below) / (above - below)
             dense_us = known[below].dense_us * (1 - share) + entry.dense_us * share
-            if entry.us > dense_us:
+            if tokens != above and entry.us * BETWEEN > dense_us:
                 return DENSE
         return entry.choice
 
@@ -270,7 +273,7 @@ def _tune_one(
             if choice.kernel == "cusparselt" and choice.options["algorithm"] < 0:
                 padded = torch.nn.functional.pad(x, (0, 0, 0, -tokens % 8))
                 form = rotating.forms("cusparselt")[0]
-                choice = Choice("cusparselt", {"tokens": tokens, **search_cusparselt(form, padded)})
+                choice = Choice("cusparselt", {"least": tokens, **search_cusparselt(form, padded)})
             us = gpu_timing.time_call(rotating.calls(choice, call))
         except (RuntimeError, ValueError, LoweringError) as error:
             on_trial(Trial(tokens, choice, None, f"{type(error).__name__}: {error}"))
