@@ -28,7 +28,9 @@ class Gemm24Config:
         rows: Rows of a block.
         split: Blocks that share the columns of a row.
         warps: Warps of a block.
-        stages: Chunks of 512 columns that are on their way at a time.
+        stages: Turns whose loads are on their way at a time.
+        turns: Turns that a chunk of 512 columns is worked on in: 1, or 2, which takes fewer
+            registers and reads the metadata twice.
     """
 
     tokens: int
@@ -36,16 +38,16 @@ class Gemm24Config:
     split: int
     warps: int
     stages: int
+    turns: int
 
 
 CONFIGS = (
-    Gemm24Config(tokens=16, rows=64, split=1, warps=4, stages=2),
-    Gemm24Config(tokens=16, rows=64, split=4, warps=4, stages=2),
-    Gemm24Config(tokens=16, rows=64, split=4, warps=4, stages=1),
-    Gemm24Config(tokens=16, rows=64, split=8, warps=4, stages=1),
-    Gemm24Config(tokens=32, rows=64, split=8, warps=4, stages=1),
-    Gemm24Config(tokens=64, rows=64, split=4, warps=4, stages=1),
-    Gemm24Config(tokens=128, rows=128, split=1, warps=8, stages=1),
+    Gemm24Config(tokens=16, rows=64, split=1, warps=4, stages=2, turns=1),
+    Gemm24Config(tokens=16, rows=64, split=4, warps=4, stages=2, turns=1),
+    Gemm24Config(tokens=16, rows=64, split=4, warps=4, stages=1, turns=1),
+    Gemm24Config(tokens=16, rows=64, split=8, warps=4, stages=1, turns=1),
+    Gemm24Config(tokens=64, rows=64, split=4, warps=4, stages=1, turns=2),
+    Gemm24Config(tokens=64, rows=64, split=1, warps=4, stages=1, turns=2),
 )
 
 
@@ -91,6 +93,7 @@ def gemm24_kernel(
     chunk_words: tl.constexpr,
     sub_steps: tl.constexpr,
     split: tl.constexpr,
+    turns: tl.constexpr,
     stages: tl.constexpr,
     is_float16: tl.constexpr,
     has_bias: tl.constexpr,
@@ -119,10 +122,13 @@ def gemm24_kernel(
     chunks = tl.cdiv(groups, sub_steps * chunk_words)
     part_chunks = tl.cdiv(chunks, split)
     last_chunk = tl.minimum((part + 1) * part_chunks, chunks)
-    for chunk in tl.range(part * part_chunks, last_chunk, num_stages=stages):
+    for turn in tl.range(part * part_chunks * turns, last_chunk * turns, num_stages=stages):
+        chunk = turn >> (turns - 1)
         metadata = tl.load(metadata_base + chunk * chunk_words)
-        for sub_step in tl.static_range(sub_steps):
-            first_group = (chunk * sub_steps + sub_step) * chunk_words
+        if turns == 2:
+            metadata = metadata >> (16 * (turn & 1))
+        for sub_step in tl.static_range(sub_steps // turns):
+            first_group = (turn * (sub_steps // turns) + sub_step) * chunk_words
             if is_whole:
                 pairs = tl.load(pairs_base + first_group)
                 x = tl.load(x_base + 4 * first_group)
@@ -196,6 +202,7 @@ def launch(
         chunk_words=WORDS,
         sub_steps=SUB_STEPS,
         split=config.split,
+        turns=config.turns,
         stages=config.stages,
         is_float16=weight.dtype == torch.float16,
         has_bias=bias is not None and parts is None,
@@ -235,6 +242,7 @@ def compile_cases(backend: str = "cuda") -> list[CompileCase]:
                     "chunk_words": WORDS,
                     "sub_steps": SUB_STEPS,
                     "split": config.split,
+                    "turns": config.turns,
                     "stages": config.stages,
                     "is_float16": is_float16,
                     "has_bias": config.split == 1,
