@@ -79,10 +79,12 @@ CONFIGS = (
     Config(4, 1, 1, 4, 3),
     Config(4, 1, 2, 4, 4, steps=4),
     Config(4, 1, 2, 4, 3, steps=4),
+    Config(8, 1, 2, 4, 4, steps=4),
     Config(4, 1, 2, 8, 3),
     Config(4, 1, 2, 8, 3, steps=4),
     Config(4, 1, 1, 8, 2),
     Config(8, 1, 2, 8, 2),
+    Config(8, 1, 2, 8, 4, steps=4),
     Config(4, 1, 2, 8, 2, steps=4),
 )
 
