@@ -167,8 +167,13 @@ def shipped_table() -> Table:
 
 def key_of(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Key:
     """Returns the key of a weight on a device."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    name = _name_of(device.index) if device.type == "cuda" else device.type
     return Key(rows, columns, str(dtype).removeprefix("torch."), name)
+
+
+@cache
+def _name_of(index: int | None) -> str:
+    return torch.cuda.get_device_name(index)
 
 
 @dataclass(frozen=True)

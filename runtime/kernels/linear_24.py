@@ -15,7 +15,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from zeroskip.ir.linear_24 import as_rows, check_operands, linear_24, read_weight
-from zeroskip.runtime.candidates24 import KERNELS, Call, Form
+from zeroskip.runtime.candidates24 import DENSE, KERNELS, Call, Form
 from zeroskip.runtime.gpu_dispatch import Table, key_of, shipped_table
 
 _forms: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -34,29 +34,36 @@ def forget_tables() -> None:
 
 
 @linear_24.register_kernel("cuda")
-def _(
+def multiply(
     x: torch.Tensor,
     values: torch.Tensor,
     codes: torch.Tensor,
     bias: torch.Tensor | None = None,
     rows: int = 0,
 ) -> torch.Tensor:
+    """Computes `zeroskip::linear_24` by the kernel that tables name for this weight and device."""
     columns = x.shape[-1]
     check_operands(x, columns, values, codes, bias, rows)
     count = rows or values.shape[0]
     flat = as_rows(x)
-    if not flat.shape[0] or not count:
-        return x.new_zeros((*x.shape[:-1], count))
+    if not flat.shape[0] or not count or not columns:
+        return _empty_product(x, count, bias)
     key = key_of(count, columns, x.dtype, x.device)
     table = next((each for each in [*_tables, shipped_table()] if key in each.entries), None)
-    choice = (table or Table()).find(key, flat.shape[0])
+    choice = table.find(key, flat.shape[0]) if table is not None else DENSE
+    if KERNELS[choice.kernel].refuse(x.dtype, count, columns, x.device) is not None:
+        choice = DENSE
     kernel = KERNELS[choice.kernel]
-    if kernel.refuse(x.dtype, count, columns, x.device) is not None:
-        kernel = KERNELS["dense"]
     form, scratch, spare = _prepare(kernel.make, values, codes, rows, columns)
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
     y = kernel.run(form, Call(flat, bias, count, scratch, spare), choice.options)
     return y.reshape(*x.shape[:-1], count)
+
+
+def _empty_product(x: torch.Tensor, rows: int, bias: torch.Tensor | None) -> torch.Tensor:
+    """Returns the product where there is nothing to add up: the bias, or zeros."""
+    y = x.new_zeros((*x.shape[:-1], rows))
+    return y if bias is None else y + bias
 
 
 def _prepare(
@@ -67,22 +74,30 @@ def _prepare(
         form: Form = (values, codes)
     else:
         form = _made(make, values, codes, rows, columns)
+    is_cuda = values.device.type == "cuda"
+    stream = torch.cuda.current_stream(values.device).cuda_stream if is_cuda else 0
     with _lock:
         known = _forms.setdefault(values, {})
         in_graphs = known.setdefault("in graphs", {})
-        if torch.cuda.is_current_stream_capturing():
+        if is_cuda and torch.cuda.is_current_stream_capturing():
             return form, in_graphs, None
-        stream = torch.cuda.current_stream(values.device).cuda_stream
         return form, known.setdefault(stream, {}), in_graphs
 
 
 def _made(make: Any, values: torch.Tensor, codes: torch.Tensor, rows: int, columns: int) -> Form:
+    # Other codes, or either written in place since, make another weight.
+    state = (id(codes), _version(codes), _version(values), rows)
     with _lock:
         known = _forms.setdefault(values, {})
         held = known.get(make)
-        # Codes are held weakly by identity only through their values: others mean another weight.
-        if held is None or held[0] is not codes:
+        if held is None or held[0] != state:
             weight = read_weight(values.detach(), codes, rows, columns)
-            known[make] = (codes, make(weight))
-        form: Form = known[make][1]
+            # The codes are kept, or another tensor could get their id.
+            held = known[make] = (state, make(weight), codes)
+        form: Form = held[1]
         return form
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Returns how often a tensor was written in place; 0 where inference mode does not count."""
+    return 0 if tensor.is_inference() else tensor._version
