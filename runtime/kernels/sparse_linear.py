@@ -23,6 +23,7 @@ from zeroskip.runtime.kernels.location import try_library_path
 class _Ready(NamedTuple):
     """A linear, and the operands it needs besides the values, which are the key it is found by."""
 
+    versions: tuple[int, ...]
     linear: CpuLinear
     bitmask: torch.Tensor
     row_offsets: torch.Tensor
@@ -54,13 +55,14 @@ def _(
     with _lock:
         known: dict[tuple[int, int], _Ready] = _ready.get(values, {})  # type: ignore[no-untyped-call]
         ready = known.get(options)
-        if ready is None or not _same(ready, bitmask, row_offsets, scales):
+        versions = tuple(map(_version, (values, bitmask, row_offsets, scales)))
+        if ready is None or not _same(ready, versions, bitmask, row_offsets, scales):
             linear = CpuLinear(
                 load_library(path), weight, layout=layout, accuracy_level=accuracy_level
             )
             # A reference to the values would keep them, the key, alive for ever.
             linear.borrow()
-            ready = _Ready(linear, bitmask, row_offsets, scales)
+            ready = _Ready(versions, linear, bitmask, row_offsets, scales)
             _ready[values] = {**known, options: ready}
     threads = torch.get_num_threads()
     pool = _pool(path, threads) if threads > 1 else None
@@ -68,8 +70,14 @@ def _(
     return ready.linear(x.float(), offset, pool).to(x.dtype)
 
 
-def _same(ready: _Ready, *operands: torch.Tensor | None) -> bool:
-    return all(a is b for a, b in zip(ready[1:], operands, strict=True))
+def _same(ready: _Ready, versions: tuple[int, ...], *operands: torch.Tensor | None) -> bool:
+    same = all(a is b for a, b in zip(ready[2:], operands, strict=True))
+    return same and ready.versions == versions
+
+
+def _version(tensor: torch.Tensor | None) -> int:
+    """Returns how often a tensor was written in place; 0 where inference mode does not count."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 @cache
