@@ -15,7 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from zeroskip.ir.errors import CompileError
-from zeroskip.ir.linears import packed_names
+from zeroskip.ir.packing import packed_names
 from zeroskip.ir.program import Program
 from zeroskip.ir.weights import InMemory, Source
 

@@ -32,6 +32,7 @@ _BIAS_ARGUMENT: dict[Any, int | None] = {
     aten.matmul.default: None,
     torch.ops.zeroskip.masked_linear.default: 3,
     torch.ops.zeroskip.sparse_linear.default: 5,
+    torch.ops.zeroskip.linear_24.default: 3,
 }
 # Without a bias, these can be given one.
 _EXTENDABLE = (aten.linear.default, aten.mm.default, aten.matmul.default)
@@ -95,30 +96,37 @@ def find_bias(use: LinearUse, program: Program) -> str | None:
     """Returns the parameter that is added to a product: by the operator, or by its only reader."""
     read = _bias_node(use)
     name = str(read.target) if read is not None and read.op == "get_attr" else None
+    if use.part is not None and use.bias is not None:
+        name = use.bias  # The operator reads those of several linears as one.
     if name is None or name not in program.weights:
         return None
-    rows = use.node.meta["val"].shape[-1]
+    rows = use.product.meta["val"].shape[-1]
     return name if tuple(program.weights.source(name).shape) == (rows,) else None
 
 
 def _bias_node(use: LinearUse) -> fx.Node | None:
     position = _BIAS_ARGUMENT.get(use.node.target)
+    product = use.product
     if position is not None and len(use.node.args) > position:
         given = use.node.args[position]
         if isinstance(given, fx.Node):
             return given
-    users = list(use.node.users)
+    users = list(product.users)
     if len(users) != 1 or users[0].target is not aten.add.Tensor or users[0].kwargs:
         return None
-    others = [a for a in users[0].args if a is not use.node]
+    others = [a for a in users[0].args if a is not product]
     found = others[0] if len(others) == 1 else None
     return found if isinstance(found, fx.Node) and found.op == "get_attr" else None
 
 
 def refusal_to_shift(linear: Linear, program: Program) -> str | None:
     """Returns why the biases of a linear cannot be changed for it alone, or None; it has them all."""
+    if any(use.part is not None and use.bias is not None for use in linear.uses):
+        return "its bias was packed with those of other linears"
     own = {use.node for use in linear.uses}
-    own |= {user for use in linear.uses for user in use.node.users if len(use.node.users) == 1}
+    own |= {
+        user for use in linear.uses for user in use.product.users if len(use.product.users) == 1
+    }
     names = {find_bias(use, program) for use in linear.uses}
     for read in program.graph.find_nodes(op="get_attr"):
         if read.target in names:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-import zeroskip.ir.ops  # noqa: F401  (registers the operators)
+from zeroskip.ir.packing import LINEAR_24, SPARSE_LINEAR, Fusion, Packing
 from zeroskip.ir.program import Program
 from zeroskip.ir.rewrite import Match, RewriteRule
 from zeroskip.ir.weights import Masked, Source, pack_bits, unpack_bits
@@ -32,6 +32,7 @@ class LinearUse:
         weight: The argument that holds the weight expression.
         bias: The parameter that is added, when the operator adds one.
         offsets: For grouped products, the node with the end row of each expert.
+        part: Where the operator computes several linears, the slice with the rows of this one.
     """
 
     node: fx.Node
@@ -39,6 +40,12 @@ class LinearUse:
     weight: fx.Node
     bias: str | None = None
     offsets: fx.Node | None = None
+    part: fx.Node | None = None
+
+    @property
+    def product(self) -> fx.Node:
+        """The node whose value is the product of this linear alone."""
+        return self.part or self.node
 
 
 @dataclass(frozen=True)
@@ -83,8 +90,7 @@ def find_linears(program: Program) -> list[Linear]:
     uses: dict[str, list[tuple[LinearUse, bool]]] = {}
     for node in program.graph.nodes:
         spelled = _spelling(node, program)
-        if spelled is not None:
-            use, parameter, transposed = spelled
+        for use, parameter, transposed in _packed_spellings(node) if spelled is None else [spelled]:
             uses.setdefault(parameter, []).append((use, transposed))
     linears: list[Linear] = []
     for parameter, found in uses.items():
@@ -117,7 +123,11 @@ _SPELLINGS: dict[Any, tuple[int, int, int | None, bool]] = {
     aten.bmm.default: (0, 1, None, True),
     torch.ops.zeroskip.masked_linear.default: (0, 1, 3, False),
 }
-_PACKED = torch.ops.zeroskip.sparse_linear.default
+# The same of operators with packed operands; the weight is the operand with the values.
+_PACKED_SPELLINGS: dict[Any, tuple[int, int, int]] = {
+    SPARSE_LINEAR: (0, 3, 5),
+    LINEAR_24: (0, 1, 3),
+}
 _GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
 
 
@@ -125,8 +135,6 @@ def _spelling(node: fx.Node, program: Program) -> tuple[LinearUse, str, bool] | 
     """Returns (use, parameter, transposed) when a node multiplies by a parameter."""
     if node.op != "call_function":
         return None
-    if node.target is _PACKED:
-        return _packed_spelling(node)
     grouped = getattr(node.target, "_opname", "") in _GROUPED
     spelling = (0, 1, None, True) if grouped else _SPELLINGS.get(node.target)
     if spelling is None or len(node.args) <= spelling[1]:
@@ -158,34 +166,28 @@ def _spelling(node: fx.Node, program: Program) -> tuple[LinearUse, str, bool] | 
     return use, parameter, stored_in_out != swapped
 
 
-@dataclass(frozen=True)
-class Packing:
-    """Which parameter the packed operands of a `zeroskip::sparse_linear` stand for.
-
-    It is kept in `node.meta["packing"]`: the operands themselves no longer tell.
-    """
-
-    parameter: str
-    transposed: bool
-
-
-def _packed_spelling(node: fx.Node) -> tuple[LinearUse, str, bool] | None:
+def _packed_spellings(node: fx.Node) -> list[tuple[LinearUse, str, bool]]:
+    """Returns (use, parameter, transposed) for each linear that a node computes with packed operands."""
     packing = node.meta.get("packing")
-    if not isinstance(packing, Packing):
-        return None
-    activation, values, bias = node.args[0], node.args[3], node.args[5]
-    assert isinstance(activation, fx.Node)
-    assert isinstance(values, fx.Node)
-    name = str(bias.target) if isinstance(bias, fx.Node) else None
-    use = LinearUse(node, activation, values, name)
-    return use, packing.parameter, packing.transposed
-
-
-def packed_names(program: Program) -> frozenset[str]:
-    """Names of the weights that hold packed operands, which no model has as parameters."""
-    nodes = program.graph.find_nodes(op="call_function", target=_PACKED)
-    operands = (operand for node in nodes for operand in node.args[1:5])
-    return frozenset(str(n.target) for n in operands if isinstance(n, fx.Node))
+    if node.target not in _PACKED_SPELLINGS or packing is None:
+        return []
+    found = [node.args[at] for at in _PACKED_SPELLINGS[node.target]]
+    activation, values, bias = (each if isinstance(each, fx.Node) else None for each in found)
+    assert activation is not None
+    assert values is not None
+    if isinstance(packing, Packing):
+        use = LinearUse(node, activation, values, str(bias.target) if bias else None)
+        return [(use, packing.parameter, packing.transposed)]
+    assert isinstance(packing, Fusion)
+    slices = {user.args[2]: user for user in node.users if user.target is aten.slice.Tensor}
+    return [
+        (
+            LinearUse(node, activation, values, each.bias, part=slices.get(each.first_row)),
+            each.packing.parameter,
+            each.packing.transposed,
+        )
+        for each in packing.linears
+    ]
 
 
 def _transposed_parameter(node: fx.Node, program: Program) -> tuple[str, bool] | None:

@@ -16,6 +16,7 @@ from torch import fx
 
 from zeroskip.ir.facts import Fact
 from zeroskip.ir.linears import find_linears
+from zeroskip.ir.packing import packed_parameters
 from zeroskip.ir.partition import Stage
 from zeroskip.ir.program import Batch, Program, attribute, holder
 from zeroskip.ir.weights import Weights
@@ -54,7 +55,7 @@ def extract_stage(program: Program, stage: Stage, calibration: Sequence[Batch]) 
     module = fx.GraphModule(program.graph_module, graph)
     read = {str(n.target) for n in graph.find_nodes(op="get_attr")}
     # A packed linear still stands for its parameter, which no node reads any more.
-    read |= {n.meta["packing"].parameter for n in graph.nodes if "packing" in n.meta}
+    read |= {name for node in graph.nodes for name in packed_parameters(node)}
     names = [str(n.target) for n in graph.find_nodes(op="placeholder")]
     part = Program(
         graph_module=module,

@@ -14,7 +14,9 @@ from torch import fx
 from zeroskip.ir.errors import RecipeError
 from zeroskip.ir.facts import Lowered, QuantizedValues, SparseWeights
 from zeroskip.ir.formats import BitmaskWeight, PackedValues, ValueFormat
-from zeroskip.ir.linears import Linear, Packing, find_linears, linear_rules, swaps_last_two
+from zeroskip.ir.linears import Linear, find_linears, linear_rules
+from zeroskip.ir.lowering_24 import drop_unread
+from zeroskip.ir.packing import Packing
 from zeroskip.ir.program import Program
 from zeroskip.ir.rewrite import Editor, Match, apply_rules
 from zeroskip.ir.selection import check_selection, select_linears
@@ -246,7 +248,7 @@ def rewrite_linears(program: Program, packed: Mapping[str, PackedLinear]) -> Pro
 
     lowered, count, _ = apply_rules(program, linear_rules("sparse_linear", put, check))
     assert count >= len(packed)
-    _drop_unread(lowered, {this.packing.parameter for this in packed.values()})
+    drop_unread(lowered, {this.packing.parameter for this in packed.values()})
     added = {
         f"{this.packing.parameter}_{part}": source
         for this in packed.values()
@@ -254,23 +256,6 @@ def rewrite_linears(program: Program, packed: Mapping[str, PackedLinear]) -> Pro
         if source is not None
     }
     return dataclasses.replace(lowered, weights=lowered.weights.replace(added), level="lowered")
-
-
-def _drop_unread(program: Program, parameters: set[str]) -> None:
-    """Erases what only led from these parameters to a linear, so that they are not loaded."""
-    for read in program.graph.find_nodes(op="get_attr"):
-        if read.target not in parameters:
-            continue
-        chain = [read]
-        while (
-            len(chain[-1].users) == 1
-            and swaps_last_two(user := next(iter(chain[-1].users))) is not None
-        ):
-            chain.append(user)
-        if not chain[-1].users:
-            for node in reversed(chain):
-                program.graph.erase_node(node)
-    program.graph_module.recompile()
 
 
 def lower_alike(program: Program, other: Program) -> Program:

@@ -19,7 +19,7 @@ from zeroskip.ir.checkpoint import open_checkpoint
 from zeroskip.ir.checkpoint_writer import save_checkpoint
 from zeroskip.ir.errors import CaptureError, CompileError
 from zeroskip.ir.folders import source_folder
-from zeroskip.ir.linears import packed_names
+from zeroskip.ir.packing import packed_names
 from zeroskip.ir.program import Batch, Program
 from zeroskip.passes import Instrument, Pass, PassManager
 from zeroskip.passes.base import measure_drift

@@ -27,7 +27,7 @@ import zeroskip.ir.bitmap_linear  # noqa: F401  (registers the operator)
 from zeroskip.ir.bitmap import BitmapWeight
 from zeroskip.ir.errors import LoweringError
 from zeroskip.ir.linear_24 import read_weight
-from zeroskip.ir.linears import Packing
+from zeroskip.ir.packing import Packing
 from zeroskip.ir.program import attribute, holder
 from zeroskip.runtime.onnx.skeleton import Skeleton
 

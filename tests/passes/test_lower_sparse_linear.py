@@ -18,7 +18,8 @@ from zeroskip.ir.capture import capture
 from zeroskip.ir.errors import RecipeError
 from zeroskip.ir.facts import Lowered, SparseWeights
 from zeroskip.ir.formats import BitmaskWeight
-from zeroskip.ir.linears import find_linears, packed_names
+from zeroskip.ir.linears import find_linears
+from zeroskip.ir.packing import packed_names
 from zeroskip.ir.printer import print_program
 from zeroskip.ir.program import Program
 from zeroskip.passes import (

@@ -18,7 +18,7 @@ from zeroskip.ir.bitmap_linear import bitmap_linear
 from zeroskip.ir.errors import LoweringError
 from zeroskip.ir.fragments import to_fragments
 from zeroskip.ir.linear_24 import linear_24
-from zeroskip.ir.linears import Packing
+from zeroskip.ir.packing import Packing
 from zeroskip.ir.semi_structured import pack_semi_structured
 from zeroskip.runtime.onnx.folder import save_model
 from zeroskip.runtime.onnx.session import OnnxModel
