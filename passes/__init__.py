@@ -12,6 +12,7 @@ from zeroskip.passes.fold_constants import FoldConstants
 from zeroskip.passes.fold_scales import FoldScales
 from zeroskip.passes.induce_sparsity import InduceSparsity
 from zeroskip.passes.lower_masked import LowerMasked
+from zeroskip.passes.lower_semi_structured import LowerSemiStructured
 from zeroskip.passes.lower_sparse_linear import LowerSparseLinear
 from zeroskip.passes.manager import (
     DumpPrograms,
@@ -65,6 +66,7 @@ PASSES: dict[str, type[Pass]] = {
         QuantizeValues,
         LowerMasked,
         LowerSparseLinear,
+        LowerSemiStructured,
         FoldConstants,
         EliminateDeadCode,
         ExportOnnx,
@@ -86,6 +88,7 @@ __all__ = [
     "InduceSparsity",
     "Instrument",
     "LowerMasked",
+    "LowerSemiStructured",
     "LowerSparseLinear",
     "Observe",
     "Pass",

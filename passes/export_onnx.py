@@ -14,7 +14,8 @@ from zeroskip.ir.added_parameters import added_parameters, parameters_added
 from zeroskip.ir.errors import LoweringError
 from zeroskip.ir.facts import Lowered, QuantizedValues, SparseWeights
 from zeroskip.ir.folders import check_target, source_folder
-from zeroskip.ir.linears import packed_names
+from zeroskip.ir.lowering_24 import restore_linears
+from zeroskip.ir.packing import packed_names
 from zeroskip.ir.program import Program, bind_parameter, copy_graph_module
 from zeroskip.ir.selection import find_roles
 from zeroskip.ir.streams import parse_bytes
@@ -32,7 +33,7 @@ class ExportOnnx(Pass):
     decode, with the names that onnxruntime-genai and optimum use; anything else is written as it
     was captured. Weights keep their fully qualified names. Those that `LowerSparseLinear` took are
     packed, for the operator zeroskip::SparseLinear, whose body in standard operators is part of the
-    file; all others are dense, zeros included: no released ONNX Runtime gains from zeros, and
+    file; all others, those of `LowerSemiStructured` among them, are dense, zeros included: no released ONNX Runtime gains from zeros, and
     `sparse_initializer` makes a 2:4 file larger. The file is opened in ONNX Runtime and compared with the program at several sizes before the folder
     appears; the result is in `zeroskip_parity.json`.
 
@@ -92,7 +93,7 @@ class ExportOnnx(Pass):
                 weights=program.weights,
                 reference=reference,
                 model=program.model,
-                graph_module=_skeleton(program),
+                graph_module=_skeleton(restore_linears(program)),
                 example_inputs=program.example_inputs,
                 output_names=program.outputs,
                 form=self.form,

@@ -15,6 +15,8 @@ from zeroskip.ir.program import Program
 from zeroskip.ir.rewrite import Editor, Match, RewriteRule, apply_rules
 from zeroskip.ir.weights import pack_bits
 from zeroskip.passes.base import Pass
+from zeroskip.runtime.kernels import bitmap_linear as _bitmap_kernels  # noqa: F401  (registers them)
+from zeroskip.runtime.kernels import masked_linear as _kernels  # noqa: F401  (registers them)
 
 aten = torch.ops.aten
 _TARGET = torch.ops.zeroskip.masked_linear.default
@@ -25,8 +27,9 @@ class LowerMasked(Pass):
     """Rewrites every pruned linear to `zeroskip::masked_linear`, with the mask as packed bits.
 
     The mask becomes a buffer beside the weight, so that it can be swapped or trained around without
-    capturing again. This form computes what the dense one does; it is not faster. `addmm` (Conv1D)
-    and transposed `matmul` are rewritten too.
+    capturing again. This form computes what the dense one does; it is not faster. On a CUDA device a
+    Triton kernel reads weight and bits for few tokens, without writing the masked weight. `addmm`
+    (Conv1D) and transposed `matmul` are rewritten too.
 
     Refuses, and leaves as it is, a linear whose weight is 3-D (experts) or has no mask; the fact
     `Lowered` says which and why.

@@ -79,8 +79,11 @@ def small_model(name: str) -> nn.Module:
 
 
 @functools.cache
-def small_program(name: str) -> Program:
+def small_program(name: str, dtype: torch.dtype = torch.float32) -> Program:
     """Captures a small model once, with two calibration batches, one of them with padding."""
-    batches = SMALL[name][1]
-    program = capture(small_model(name), batches(2))
-    return dataclasses.replace(program, calibration=(batches(2), batches(3)))
+    batches = [
+        {n: t.to(dtype) if t.is_floating_point() else t for n, t in SMALL[name][1](rows).items()}
+        for rows in (2, 3)
+    ]
+    program = capture(small_model(name).to(dtype), batches[0])
+    return dataclasses.replace(program, calibration=tuple(batches))

@@ -33,6 +33,7 @@ from zeroskip.passes import (
     FoldScales,
     InduceSparsity,
     LowerMasked,
+    LowerSemiStructured,
     LowerSparseLinear,
     Observe,
     Pass,
@@ -65,6 +66,7 @@ class Case:
         before: The shortest list of passes that provides what it requires.
         models: On which small models it runs.
         reorders: Models on which it may change the order of sums.
+        dtype: Of the models.
     """
 
     make: Callable[[Path], Pass]
@@ -72,6 +74,7 @@ class Case:
     before: tuple[Pass, ...] = ()
     models: tuple[str, ...] = tuple(SMALL)
     reorders: tuple[str, ...] = ()
+    dtype: torch.dtype = torch.float32
 
 
 ADD: fx.node.Target = torch.ops.aten.add.Tensor
@@ -190,6 +193,14 @@ CASES: dict[str, Case] = {
         before=(PruneMagnitude("2:4"), ApplyMasks()),
         reorders=("mlp", "llama", "gpt2", "moe", "convnet"),
     ),
+    "lower-semi-structured": Case(
+        lambda _: LowerSemiStructured(tune="always"),
+        LowerSemiStructured("cuda:1", "always", (1, 7), False, "NVIDIA H200", **NAMES),
+        before=(PruneMagnitude("2:4"), ApplyMasks()),
+        models=("llama", "gpt2", "moe"),
+        reorders=("llama", "gpt2", "moe"),
+        dtype=torch.bfloat16,
+    ),
     "steer-scores": Case(
         lambda _: SteerScores(),
         SteerScores("prune-magnitude", "2:4", 7, 0.2, 0.05, 8.0, 0.5, **NAMES),
@@ -230,7 +241,7 @@ def every_run() -> list[tuple[str, str]]:
 
 def prepared(name: str, model: str) -> Program:
     """Returns a program that knows what a pass requires."""
-    program = small_program(model)
+    program = small_program(model, CASES[name].dtype)
     for step in CASES[name].before:
         program = step(program).program
     return program

@@ -193,11 +193,13 @@ def _legend(rows: Sequence[Row]) -> list[str]:
     lines = []
     for rival, source, threads in kinds:
         plural = "" if threads == 1 else "s"
-        whence = (
-            f"measured on this machine with {threads} thread{plural}"
-            if source == "measured"
-            else "not measured: the lowest that the table of the package knows"
-        )
+        on_cpu = f" with {threads} thread{plural}" if threads else ""
+        if source == "measured":
+            whence = f"measured on this machine{on_cpu}"
+        elif on_cpu:
+            whence = "not measured: the lowest that the table of the package knows"
+        else:
+            whence = "by the tables of what was measured before"
         lines.append(f"speed @ m: of dense in {rival}, with m rows (batch x tokens); {whence}")
     return ["", *lines] if lines else []
 

@@ -17,6 +17,7 @@ from zeroskip.ir.patterns import SparsityPattern
 from zeroskip.ir.program import Program
 from zeroskip.linear_table import Row, linear_table, slowest_line, table
 from zeroskip.passes import PassRecord, PipelineResult
+from zeroskip.runtime.verdict_24 import table_of
 
 
 @dataclass(frozen=True)
@@ -89,14 +90,23 @@ class Report:
         return sum(size * density for size, density in sizes) / total if total else 1.0
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the report as plain values."""
+        """Returns the report as plain values.
+
+        What was measured on a GPU is under `gpu_table`, if anything was: a later process runs by it
+        after `zeroskip.runtime.kernels.linear_24.use_table(Table.from_json(...))`.
+        """
         passes = [
             {**dataclasses.asdict(record), "options": _plain(record.options)}
             for record in self.passes
         ]
+        linears = [dataclasses.asdict(linear) for linear in self.linears]
+        measured = table_of(linear["verdict"] for linear in linears)
+        for linear in linears:
+            (linear["verdict"] or {}).pop("table", None)
         return {
             "passes": passes,
-            "linears": [dataclasses.asdict(linear) for linear in self.linears],
+            "linears": linears,
+            **({"gpu_table": measured.to_json()} if measured.entries else {}),
             "scale_groups": [dataclasses.asdict(group) for group in self.groups],
             "stages": self.stages,
             "seconds": self.seconds,
