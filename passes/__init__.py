@@ -21,6 +21,7 @@ from zeroskip.passes.manager import (
     PassRecord,
     PipelineResult,
 )
+from zeroskip.passes.materialize_elastic import MaterializeElastic
 from zeroskip.passes.observe import Observe
 from zeroskip.passes.pattern_pass import PatternPass
 from zeroskip.passes.permute_channels import PermuteChannels
@@ -37,6 +38,7 @@ from zeroskip.passes.reconstruct_blocks import ReconstructBlocks
 from zeroskip.passes.refine_dsnot import RefineDSnoT
 from zeroskip.passes.shift_to_bias import ShiftToBias
 from zeroskip.passes.steer_scores import SteerScores
+from zeroskip.passes.train_elastic import TrainElastic
 from zeroskip.passes.trainer import Trainer
 from zeroskip.passes.updating_pruner import UpdatingPruner
 
@@ -63,6 +65,8 @@ PASSES: dict[str, type[Pass]] = {
         ApplyMasks,
         ReconstructBlocks,
         DistillOutputs,
+        TrainElastic,
+        MaterializeElastic,
         QuantizeValues,
         LowerMasked,
         LowerSparseLinear,
@@ -90,6 +94,7 @@ __all__ = [
     "LowerMasked",
     "LowerSemiStructured",
     "LowerSparseLinear",
+    "MaterializeElastic",
     "Observe",
     "Pass",
     "PassManager",
@@ -111,6 +116,7 @@ __all__ = [
     "RefineDSnoT",
     "ShiftToBias",
     "SteerScores",
+    "TrainElastic",
     "Trainer",
     "UpdatingPruner",
 ]

@@ -10,7 +10,7 @@ import dataclasses
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, final
@@ -106,6 +106,10 @@ class Pass(ABC):
 
     def targets(self, program: Program) -> frozenset[str] | None:
         """Names the linears worked on; None means that any part of the program may be."""
+        return None
+
+    def propagate(self, program: Program) -> Callable[[Batch], Batch] | None:
+        """How a stage that this pass has finished gives the next one its inputs; None: as it runs."""
         return None
 
     def warning(self, later: Sequence[Pass]) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from zeroskip.ir.linears import find_linears
 from zeroskip.ir.memory import return_freed_memory
 from zeroskip.ir.partition import Stage, find_stages
 from zeroskip.ir.printer import print_program
-from zeroskip.ir.program import Program
+from zeroskip.ir.program import Batch, Program
 from zeroskip.ir.stages import Restricted, extract_stage, merge_facts, stitch_stages
 from zeroskip.ir.streams import Stream, parse_bytes
 from zeroskip.ir.verify import verify
@@ -206,7 +206,8 @@ class PassManager:
                 parts.append(dataclasses.replace(finished, dense=None))
                 current = _commit(current, before, part)
                 if k < last:
-                    _propagate(part, stream)
+                    found = [self.passes[number].propagate(part) for number in numbers]
+                    _propagate(part, stream, next((f for f in reversed(found) if f), None))
                     alive = {node.name for later in stages[k + 1 :] for node in later.inputs}
                     for values in (stream, dense):
                         values.keep_only(alive | set(program.inputs))
@@ -277,11 +278,11 @@ def _commit(current: Program, before: Program, part: Program) -> Program:
     return merge_facts(current, part)
 
 
-def _propagate(part: Program, stream: Stream) -> None:
-    """Runs a stage on every batch of a stream, which its outputs are added to."""
-    running = part.loaded()
+def _propagate(part: Program, stream: Stream, run: Callable[[Batch], Batch] | None = None) -> None:
+    """Runs a stage, as it is or by a function, on every batch of a stream, which it adds its outputs to."""
+    run = run or part.loaded().run
     for index in range(len(stream)):
-        stream.write(index, running.run({name: stream[index][name] for name in part.inputs}))
+        stream.write(index, run({name: stream[index][name] for name in part.inputs}))
 
 
 def check_requirements(passes: Sequence[Pass], known: frozenset[type[Fact]]) -> None:

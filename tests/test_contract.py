@@ -35,6 +35,7 @@ from zeroskip.passes import (
     LowerMasked,
     LowerSemiStructured,
     LowerSparseLinear,
+    MaterializeElastic,
     Observe,
     Pass,
     PassManager,
@@ -51,6 +52,7 @@ from zeroskip.passes import (
     RefineDSnoT,
     ShiftToBias,
     SteerScores,
+    TrainElastic,
 )
 from zeroskip.passes.base import TOLERANCES, graph_text, measure_drift, relative_drift
 from zeroskip.recipe import Recipe, dump_recipe, load_recipe, loads_recipe
@@ -175,6 +177,17 @@ CASES: dict[str, Case] = {
         lambda _: DistillOutputs(epochs=1),
         DistillOutputs(3, 0.5, 2, False, 0.3, 7, 9, **NAMES),
         before=(PruneMagnitude("2:4"), ApplyMasks()),
+    ),
+    "train-elastic": Case(
+        lambda _: TrainElastic((0.5,), 1, epochs=1),
+        TrainElastic(
+            (0.5, 0.75), 3, "8", 2, 0.5, "shared", "drawn", "stage", False, 0.3, 7, **NAMES
+        ),
+    ),
+    "materialize-elastic": Case(
+        lambda _: MaterializeElastic(0.5),
+        MaterializeElastic(0.25),
+        before=(TrainElastic((0.5,), 1, epochs=1),),
     ),
     "lower-masked": Case(
         lambda _: LowerMasked(),
