@@ -111,7 +111,8 @@ class _Lowering:
         bias = self._stacked(editor, names) if names else None
         product = editor.call(LINEAR_24, x, *operands, bias)
         last, first_row = product.meta["val"].dim() - 1, 0
-        fused, parts = [], []
+        fused: list[FusedLinear] = []
+        parts: list[fx.Node] = []
         for packing, linear, use in zip(packed.packings, members, uses, strict=True):
             end = first_row + linear.out_features
             name = names[len(fused)] if names else None

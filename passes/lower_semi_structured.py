@@ -141,7 +141,9 @@ class LowerSemiStructured(Pass):
                 eligible.append(linear)
             else:
                 refusals[linear.name] = reason
-        groups = group_by_input(eligible, program) if self.fuse else [(n,) for n in eligible]
+        groups: list[Group] = [(linear,) for linear in eligible]
+        if self.fuse:
+            groups = group_by_input(eligible, program)
         packed: list[Packed24] = []
         operators: dict[str, str] = {}
         verdicts: dict[str, Mapping[str, object]] = {}
