@@ -128,7 +128,8 @@ _ENOUGH_PROGRAMS = 1024
 
 
 def _fits(options: Mapping[str, int], device: torch.device) -> bool:
-    most = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    found = torch.cuda.get_device_properties(device)
+    most = int(getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block))
     return mma24_launch.Config(**options).shared_bytes <= most
 
 
@@ -143,8 +144,9 @@ def _run_mma(form: Form, call: Call, options: Mapping[str, int]) -> torch.Tensor
     if plan.shared_tiles:
         parts = call.room("parts", plan.floats, torch.float32)
         counters = call.room("counters", plan.counters, torch.int32)
+    values, codes = form
     return mma24_launch.launch(
-        x, *form, call.bias, call.rows, config, workspace=parts, counters=counters
+        x, values, codes, call.bias, call.rows, config, workspace=parts, counters=counters
     )
 
 
@@ -177,7 +179,8 @@ def _make_plain(weight: SemiStructuredWeight) -> Form:
 def _plain(form: Form, x: torch.Tensor) -> Any:
     from zeroskip.runtime.kernels.gpu.layout24 import Operands24
 
-    return Operands24(*form, x.dtype)
+    pairs, metadata = form
+    return Operands24(pairs, metadata, x.dtype)
 
 
 def _refuse_plain(dtype: torch.dtype, rows: int, columns: int, device: torch.device) -> str | None:

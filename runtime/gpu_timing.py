@@ -19,7 +19,7 @@ def copies_beyond_cache(nbytes: int, device: torch.device) -> int:
 
 def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     """Returns a graph of one call of each; each runs once before, so that nothing is compiled in it."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for call in calls:
@@ -34,7 +34,10 @@ def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
 
 def replay(graph: torch.cuda.CUDAGraph) -> float:
     """Returns the microseconds of one replay."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (
+        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        for _ in range(2)
+    )
     begin.record()
     graph.replay()
     end.record()

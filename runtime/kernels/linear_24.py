@@ -77,7 +77,7 @@ def _prepare(
     is_cuda = values.device.type == "cuda"
     stream = torch.cuda.current_stream(values.device).cuda_stream if is_cuda else 0
     with _lock:
-        known = _forms.setdefault(values, {})
+        known = _known(values)
         in_graphs = known.setdefault("in graphs", {})
         if is_cuda and torch.cuda.is_current_stream_capturing():
             return form, in_graphs, None
@@ -88,7 +88,7 @@ def _made(make: Any, values: torch.Tensor, codes: torch.Tensor, rows: int, colum
     # Other codes, or either written in place since, make another weight.
     state = (id(codes), _version(codes), _version(values), rows)
     with _lock:
-        known = _forms.setdefault(values, {})
+        known = _known(values)
         held = known.get(make)
         if held is None or held[0] != state:
             weight = read_weight(values.detach(), codes, rows, columns)
@@ -96,6 +96,14 @@ def _made(make: Any, values: torch.Tensor, codes: torch.Tensor, rows: int, colum
             held = known[make] = (state, make(weight), codes)
         form: Form = held[1]
         return form
+
+
+def _known(values: torch.Tensor) -> dict[Any, Any]:
+    """Returns what is remembered of a weight; under the lock."""
+    if values not in _forms:
+        _forms[values] = {}
+    found: dict[Any, Any] = _forms[values]
+    return found
 
 
 def _version(tensor: torch.Tensor) -> int:
