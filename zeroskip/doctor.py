@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from zeroskip.doctor_gpu import GpuFinding, describe_gpu, examine_gpus
 from zeroskip.ir.errors import KernelLibraryError, LoweringError
 from zeroskip.runtime.kernels import build, compilers, location
 from zeroskip.runtime.machine import cpu_name
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-PACKAGES = ("zeroskip", "torch", "onnx", "onnxruntime")
+PACKAGES = ("zeroskip", "torch", "onnx", "onnxruntime", "triton")
 VARIABLES = ("ZEROSKIP_LIBRARY", "ZEROSKIP_BUILD", "ZEROSKIP_CACHE", "CXX", "CXXFLAGS", "LDFLAGS")
 ROWS_OF_X = (1, 4, 16, 128)
 SIZE = 256  # rows and columns of the weight that the kernels are tried on
@@ -40,6 +41,7 @@ class Examination:
         onnxruntime: Whether ONNX Runtime registers the library.
         compiler: The C++ compiler that would be used now.
         cache: Where libraries go that are built at first use.
+        gpus: Those that PyTorch sees, and what would run a 2:4 linear on each.
         problem: Why the kernels cannot be used; None when they can.
         next_step: What to do about it.
     """
@@ -55,6 +57,7 @@ class Examination:
     kernels: dict[str, dict[int, str]] = field(default_factory=dict)
     worst_error: float | None = None
     onnxruntime: bool = False
+    gpus: list[GpuFinding] = field(default_factory=list)
     problem: str | None = None
     next_step: str | None = None
 
@@ -72,6 +75,7 @@ def examine() -> Examination:
         compiler=compiler.version if compiler else None,
         cache=str(location.cache_folder()),
     )
+    found.gpus = examine_gpus()
     try:
         path = location.library_path()
         found.library = str(path)
@@ -110,6 +114,10 @@ def findings_table(found: Examination) -> Table:
     if found.worst_error is not None:
         row("tried", f"largest error {found.worst_error:.1e} relative to float64")
     row("ONNX Runtime", "takes the library" if found.onnxruntime else "does not have the library")
+    for gpu in found.gpus:
+        row("GPU", describe_gpu(gpu))
+    if not found.gpus:
+        row("GPU", "none that PyTorch sees")
     row("C++ compiler", found.compiler or f"none: {location.compiler_advice()}")
     row("cache", found.cache)
     for name, value in found.variables.items():
