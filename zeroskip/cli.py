@@ -9,26 +9,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from zeroskip.elastic_commands import curve_command, materialize_command
+from zeroskip.exits import EXIT_CODES, REFUSED, STOPPED, fail, refusing_inputs
 from zeroskip.ir.errors import CompileError
 
 if TYPE_CHECKING:
     from zeroskip.recipe import Recipe
 
 # Everything that imports torch is imported inside the commands: `zeroskip --help` is instant.
-
-STOPPED = 1
-REFUSED = 2
-EXIT_CODES = (
-    "Exit codes: 0 done; 2 the command line or an input cannot be used, nothing was computed; "
-    "1 the compilation or evaluation stopped."
-)
 
 app = typer.Typer(
     name="zeroskip",
@@ -49,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(args=list(arguments) if arguments is not None else None)
     except CompileError as error:
-        _fail(error, STOPPED)
+        fail(error, STOPPED)
 
 
 @app.command("compile", epilog=EXIT_CODES)
@@ -79,11 +74,12 @@ def compile_command(
 
     OUT appears only when everything succeeded. It holds checkpoint/ (an ordinary Hugging Face
     directory), recipe.yaml (what ran, every option spelled out), report.json, and what the export
-    passes wrote: their relative directories lie under OUT. --samples, --sequence-length, --seed and
+    passes wrote: their relative directories lie under OUT. After a recipe that ends in train-elastic it
+    holds elastic.json and elastic.safetensors too, for `zeroskip materialize`. --samples, --sequence-length, --seed and
     --memory override the recipe.
     """
     with ExitStack() as stack:
-        with _refusing_inputs():
+        with refusing_inputs():
             from zeroskip.ir.folders import new_folder
             from zeroskip.models import load_tokenizer
             from zeroskip.progress import without_loading_bars
@@ -97,6 +93,7 @@ def compile_command(
             source = _source(model)
             folder = stack.enter_context(new_folder(out))
         from zeroskip.compile import compile_sparse
+        from zeroskip.elastic import write_if_elastic
         from zeroskip.passes import DumpPrograms
 
         compiled = compile_sparse(
@@ -109,6 +106,7 @@ def compile_command(
         )
         compiled.save_pretrained(folder / "checkpoint")
         tokenizer.save_pretrained(folder / "checkpoint")
+        write_if_elastic(compiled, folder)
         (folder / "recipe.yaml").write_text(dump_recipe(plan, defaults=True), encoding="utf-8")
         report = relocated(compiled.report.to_json(), folder, out.absolute())
         text = json.dumps(report, indent=2, ensure_ascii=False)
@@ -142,11 +140,11 @@ def export_command(
             problem = CompileError(
                 "this is an ONNX folder already", where=str(source), next_step="add --dense"
             )
-            _fail(problem, REFUSED)
+            fail(problem, REFUSED)
         count = export_dense(source, out)
         typer.echo(f"{count} packed linears are dense in {out}")
         return
-    with _refusing_inputs():
+    with refusing_inputs():
         from zeroskip.ir.folders import check_target
 
         check_target(out)
@@ -170,7 +168,7 @@ def eval_command(
     """Measure the perplexity of TARGET on a text."""
     from dataclasses import asdict
 
-    with _refusing_inputs():
+    with refusing_inputs():
         from zeroskip.evaluate import encode, perplexity
         from zeroskip.progress import without_loading_bars
         from zeroskip.targets import load_target
@@ -204,8 +202,8 @@ def inspect_command(
     """
     if not scales:
         problem = CompileError("there is nothing to say", next_step="add --scales")
-        _fail(problem, REFUSED)
-    with _refusing_inputs():
+        fail(problem, REFUSED)
+    with refusing_inputs():
         from zeroskip.progress import without_loading_bars
 
         with without_loading_bars(as_json):
@@ -250,7 +248,7 @@ def doctor_command(as_json: Json = False) -> None:
 
         Console().print(findings_table(found))
     if found.problem:
-        _fail(CompileError(found.problem, next_step=found.next_step), STOPPED)
+        fail(CompileError(found.problem, next_step=found.next_step), STOPPED)
 
 
 @app.command("tune", epilog=EXIT_CODES)
@@ -270,7 +268,7 @@ def tune_command(
     kept: a second run is quick. Run it on the machine that the model will run on, when that has
     nothing else to do.
     """
-    with _refusing_inputs():
+    with refusing_inputs():
         from zeroskip.runtime.onnx.folder import MODEL_FILE
         from zeroskip.tune import (
             parse_m,
@@ -304,6 +302,10 @@ def tune_command(
     if tuned.verdicts:
         typer.echo(f"{tuned_table(tuned)}\n")
     typer.echo(totals(tuned, dry_run=dry_run))
+
+
+app.command("materialize", epilog=EXIT_CODES)(materialize_command)
+app.command("curve", epilog=EXIT_CODES)(curve_command)
 
 
 def _overridden(
@@ -341,18 +343,3 @@ def _source(path: Path) -> Any:
     from zeroskip.models import load_model
 
     return load_model(path)[0]
-
-
-@contextmanager
-def _refusing_inputs() -> Iterator[None]:
-    """Ends the program with the exit code for unusable inputs."""
-    try:
-        yield
-    except CompileError as error:
-        _fail(error, REFUSED)
-
-
-def _fail(error: CompileError, code: int) -> NoReturn:
-    typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
-    typer.echo(str(error), err=True)
-    raise SystemExit(code) from None

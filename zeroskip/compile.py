@@ -21,7 +21,7 @@ from zeroskip.ir.errors import CaptureError, CompileError
 from zeroskip.ir.folders import source_folder
 from zeroskip.ir.packing import packed_names
 from zeroskip.ir.program import Batch, Program
-from zeroskip.passes import Instrument, Pass, PassManager
+from zeroskip.passes import Instrument, MaterializeElastic, Pass, PassManager
 from zeroskip.passes.base import measure_drift
 from zeroskip.progress import ProgressBar
 from zeroskip.report import Report, make_report
@@ -52,6 +52,18 @@ class CompiledModel:
     @cached_property
     def _loaded(self) -> Program:
         return self.program.loaded()
+
+    def at(self, sparsity: float) -> CompiledModel:
+        """Returns a sparse model from an elastic one, which stays as it is.
+
+        Args:
+            sparsity: Share of weights to prune, up to what `TrainElastic` was told.
+
+        Raises:
+            RequirementError: The model is not elastic.
+            PatternError: The sparsity was not trained, or is none of the family.
+        """
+        return materialize(self.program, sparsity)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes a plain Hugging Face checkpoint, zeros included, that transformers reloads.
@@ -119,6 +131,24 @@ def compile_sparse(
     if live is not None:
         _write_back(live, program, compiled)
     return CompiledModel(live, compiled, report)
+
+
+def materialize(program: Program, sparsity: float, then: Sequence[Pass] = ()) -> CompiledModel:
+    """Makes a sparse model from an elastic program, which stays as it is.
+
+    Args:
+        program: Knows `Elastic`.
+        sparsity: Share of weights to prune.
+        then: Passes that lower or export the result.
+
+    Raises:
+        RequirementError: The program is not elastic.
+        PatternError: The sparsity was not trained, or is none of the family.
+    """
+    result = PassManager((MaterializeElastic(sparsity), *then))(program)
+    compiled = dataclasses.replace(result.program, calibration=(), dense=None)
+    report = make_report(compiled, result, measure_drift(program, compiled))
+    return CompiledModel(None, compiled, report)
 
 
 def open_program(

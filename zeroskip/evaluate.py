@@ -200,7 +200,9 @@ def _score(logits: Logits, tokens: torch.Tensor, batch: Sequence[Window]) -> flo
 
 def _check_fit(target: Any, tokens: torch.Tensor, sequence_length: int) -> None:
     """Refuses what a model would answer with an index error, or with nonsense."""
-    config = getattr(getattr(target, "model", None) or target, "config", None)
+    program = getattr(target, "program", None)  # Of a checkpoint: no live model has the config.
+    model = getattr(target, "model", None) or getattr(program, "model", None) or target
+    config = getattr(model, "config", None)
     longest = getattr(config, "max_position_embeddings", None)
     if isinstance(longest, int) and min(sequence_length, len(tokens) - 1) > longest:
         raise EvaluationError(

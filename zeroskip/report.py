@@ -96,7 +96,7 @@ class Report:
         after `zeroskip.runtime.kernels.linear_24.use_table(Table.from_json(...))`.
         """
         passes = [
-            {**dataclasses.asdict(record), "options": _plain(record.options)}
+            {**dataclasses.asdict(record), "options": plain_options(record.options)}
             for record in self.passes
         ]
         linears = [dataclasses.asdict(linear) for linear in self.linears]
@@ -218,7 +218,7 @@ def _note(linear: Linear, mask: Mask | None, roles: Roles, lowered: Lowered) -> 
     return lowered.refusals.get(linear.name, "")
 
 
-def _plain(options: dict[str, Any]) -> dict[str, Any]:
+def plain_options(options: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value
         if isinstance(value, (str, int, float, bool, type(None)))

@@ -1,0 +1,81 @@
+"""Sparse checkpoints from an elastic artefact: one folder for each sparsity, as `compile` writes it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from zeroskip.compile import materialize
+from zeroskip.elastic_manifest import CHECKPOINT, Manifest
+from zeroskip.elastic_record import packing
+from zeroskip.ir.elastic import Elastic
+from zeroskip.ir.errors import PatternError
+from zeroskip.ir.folders import new_folder
+from zeroskip.ir.program import Program
+from zeroskip.passes import ExportOnnx
+from zeroskip.passes.base import Pass
+from zeroskip.relocation import relocated
+
+
+def check_sparsities(manifest: Manifest, sparsities: Sequence[float]) -> None:
+    """Refuses sparsities that the artefact cannot have, or that are given twice.
+
+    Raises:
+        PatternError: Names the first of them.
+    """
+    elastic = Elastic(manifest.groups, manifest.group_of_weights)
+    for sparsity in sparsities:
+        elastic.group(sparsity)
+        if sparsity:
+            elastic.pattern(sparsity)
+    if len(set(sparsities)) < len(sparsities):
+        raise PatternError("a sparsity is given twice", next_step="give each of them once")
+
+
+def write_materialized(
+    program: Program,
+    manifest: Manifest,
+    sparsities: Sequence[float],
+    out: Path,
+    *,
+    onnx: bool = False,
+    pack_always: bool = False,
+) -> list[dict[str, Any]]:
+    """Writes a checkpoint, a report and maybe an ONNX folder for each sparsity; returns the reports.
+
+    One sparsity lies in `out` itself, several in folders named after them. All appear together, or
+    none.
+
+    Args:
+        program: Of an artefact.
+        manifest: Of the same.
+        sparsities: Checked by `check_sparsities`.
+        out: Must not exist, or be empty.
+        onnx: Whether to write onnx/ as well.
+        pack_always: Pack every pruned linear in it, for size; else those where it pays in time.
+
+    Raises:
+        CompileError: A model cannot be made or exported, or the folder cannot be written.
+    """
+    reports = []
+    with new_folder(out) as folder:
+        for sparsity in sparsities:
+            name = "" if len(sparsities) == 1 else repr(float(sparsity))
+            there = folder / name
+            exports: list[Pass] = []
+            if onnx:
+                exports = [*packing(always=pack_always), ExportOnnx(there / "onnx")]
+            compiled = materialize(program, sparsity, exports)
+            compiled.save_pretrained(there / CHECKPOINT)
+            report = relocated(compiled.report.to_json(), folder, out.absolute())
+            report["elastic"] = {
+                "sparsity": sparsity,
+                "zeroskip": manifest.zeroskip,
+                "made_by": list(manifest.made_by),
+            }
+            text = json.dumps(report, indent=2, ensure_ascii=False)
+            (there / "report.json").write_text(text + "\n", encoding="utf-8")
+            reports.append(report)
+    return reports
