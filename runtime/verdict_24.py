@@ -18,7 +18,7 @@ from zeroskip.ir.errors import RequirementError
 from zeroskip.ir.semi_structured import GROUP, SemiStructuredWeight
 from zeroskip.runtime import gpu_dispatch
 from zeroskip.runtime.candidates24 import DENSE
-from zeroskip.runtime.gpu_dispatch import Entry, Table, describe, key_of, shipped_table
+from zeroskip.runtime.gpu_dispatch import Entry, Table, describe, key_of
 from zeroskip.runtime.kernels import linear_24 as kernels
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -176,7 +176,7 @@ class Judge:
         wanted = self.device_name
         if not wanted and self.device is not None:
             wanted = key_of(rows, columns, dtype, self.device).device
-        for table in [*kernels._tables, shipped_table()]:
+        for table in kernels.known_tables():
             for key in table.entries:
                 same = (key.rows, key.columns, key.dtype) == (rows, columns, _name(dtype))
                 if same and wanted in ("", key.device) and key.device not in found:

@@ -28,6 +28,11 @@ def use_table(table: Table) -> None:
     _tables.insert(0, table)
 
 
+def known_tables() -> list[Table]:
+    """Returns the tables that decide, the first that knows a layer before the others."""
+    return [*_tables, shipped_table()]
+
+
 def forget_tables() -> None:
     """Leaves the table of the package alone to decide."""
     _tables.clear()
@@ -49,7 +54,7 @@ def multiply(
     if not flat.shape[0] or not count or not columns:
         return _empty_product(x, count, bias)
     key = key_of(count, columns, x.dtype, x.device)
-    table = next((each for each in [*_tables, shipped_table()] if key in each.entries), None)
+    table = next((each for each in known_tables() if key in each.entries), None)
     choice = table.find(key, flat.shape[0]) if table is not None else DENSE
     if KERNELS[choice.kernel].refuse(x.dtype, count, columns, x.device) is not None:
         choice = DENSE

@@ -512,7 +512,7 @@ def test_what_was_measured_is_kept_in_the_report(device: dict[int, float]) -> No
         [PruneMagnitude("2:4"), ApplyMasks(), MEASURE],
         example_inputs={"x": torch.randn(2, 5, 64).to(BF16)},
     )
-    assert kernels._tables, "this process goes by it already"
+    assert len(kernels.known_tables()) > 1, "this process goes by it already"
     stored = json.loads(json.dumps(compiled.report.to_json()))
     assert all("table" not in (linear["verdict"] or {}) for linear in stored["linears"])
     text = str(compiled.report)
