@@ -91,6 +91,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     assert cpp
     assert {name for name in names if name.startswith("zeroskip/runtime/kernels/cpu/")} == cpp
     assert "zeroskip/runtime/kernels/cpu_table.json" in names
+    assert "zeroskip/runtime/kernels/gpu_table.json" in names
     assert wheel.name.endswith("-py3-none-any.whl")
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     tops = {name.partition("/")[0] for name in names}
