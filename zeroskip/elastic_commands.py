@@ -166,9 +166,8 @@ def _json(manifest: Manifest) -> str:
 def _table(manifest: Manifest) -> str:
     lines = [f"{'sparsity':>8}  {'bytes':>15}  {'perplexity':>10}  {'latency':>12}"]
     lines += [_line(point) for point in manifest.curve]
-    for kind, how in manifest.measured.items():
-        if isinstance(how, dict):
-            lines.append(f"{kind}: " + ", ".join(f"{name} {how[name]}" for name in how))
+    # As JSON: what a file says is not to steer a terminal.
+    lines += [f"{json.dumps(kind)}: {json.dumps(how)}" for kind, how in manifest.measured.items()]
     return "\n".join(lines)
 
 

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from zeroskip import cli, elastic_record
 from zeroskip.compile import CompiledModel, compile_sparse
-from zeroskip.elastic import load_elastic, open_elastic, save_elastic
+from zeroskip.elastic import load_elastic, open_elastic, save_elastic, write_if_elastic
 from zeroskip.elastic_curve import bytes_at, choose_point, edges_of
-from zeroskip.elastic_files import hash_files
+from zeroskip.elastic_files import hash_files, verify_files
 from zeroskip.elastic_manifest import (
     CurvePoint,
     FileEntry,
@@ -178,6 +178,18 @@ def test_weights_that_were_changed_since_are_not_saved(
     )
     with pytest.raises(RequirementError, match=r"(?s)changed since.*up_proj"):
         save_elastic(dataclasses.replace(compiled, program=changed), tmp_path / "elastic")
+    assert not list(tmp_path.iterdir())
+
+
+def test_after_other_passes_compile_writes_no_artefact_and_says_so(
+    compiled: CompiledModel, tmp_path: Path
+) -> None:
+    pruned = compiled.at(0.5)
+    assert not write_if_elastic(pruned, tmp_path)
+    name = next(n.parameter for n in find_linears(compiled.program) if n.name == LINEAR)
+    changed = compiled.program.with_weights({name: compiled.program.weights[name].flip(1)})
+    with pytest.warns(UserWarning, match="no elastic artefact is written"):
+        assert not write_if_elastic(dataclasses.replace(compiled, program=changed), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -563,7 +575,7 @@ def test_damaged_files(artefact: Path, name: str) -> None:
 def test_files_that_do_not_belong(artefact: Path, tmp_path: Path) -> None:
     (artefact / "recipe.yaml").write_text("passes: []", encoding="utf-8")
     (artefact / "checkpoint" / ".DS_Store").write_text("", encoding="utf-8")
-    assert load_elastic(artefact), "what nothing reads may be there"
+    verify_files(read_manifest(artefact), artefact)  # What nothing reads may be there.
     added = artefact / "checkpoint" / "model.safetensors.index.json"
     added.write_text("{}", encoding="utf-8")
     refused(artefact, "was added", added.name)
