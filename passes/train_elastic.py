@@ -130,8 +130,10 @@ class TrainElastic(Pass):
 
     @classmethod
     def quick(cls, **options: object) -> TrainElastic:
-        """Returns a setting for a first look: three groups, 2 epochs; worse than the default."""
-        return cls(**{"groups": (0.5, 0.6, 0.7), "epochs": 2, **options})  # type: ignore[arg-type]
+        """Returns a setting for a first look, about a tenth of the default's work, and worse."""
+        # On one layer of SmolLM2, 24 steps of 3e-3 took a fifth off the error, of 1e-3 a seventh.
+        first = {"groups": (0.5, 0.6, 0.7), "epochs": 2, "learning_rate": 3e-3}
+        return cls(**{**first, **options})  # type: ignore[arg-type]
 
     @property
     def scope(self) -> Scope:

@@ -239,6 +239,15 @@ def test_options_out_of_range(options: dict[str, Any]) -> None:
         TrainElastic(**options)
 
 
+def test_quick_is_less_work_of_the_same_kind() -> None:
+    quick = TrainElastic.quick(rank=2, epochs=1)
+    assert (quick.rank, quick.epochs, quick.hierarchy, quick.mixer) == (2, 1, "nested", "mixed")
+    work = [step.epochs * len(step.groups) for step in (TrainElastic.quick(), TrainElastic())]
+    assert work[0] <= work[1] / 10
+    found = PassManager([quick])(calibrated("llama")).program.fact(Elastic)
+    assert found.groups == (0.5, 0.6, 0.7)
+
+
 def test_refusals() -> None:
     with pytest.raises(CalibrationError):
         PassManager([TrainElastic(**QUICK)])(
