@@ -103,6 +103,11 @@ class Masked:
         return weight.masked_fill(~unpack_bits(self.bits, self.shape), 0)
 
 
+def version_of(tensor: torch.Tensor | None) -> int:
+    """Returns how often a tensor was written in place; 0 where inference mode does not count."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
+
+
 def pack_bits(mask: torch.Tensor) -> torch.Tensor:
     """Packs a boolean tensor into bytes, 8 entries each, the first entry in the lowest bit.
 

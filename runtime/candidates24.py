@@ -320,15 +320,3 @@ def list_candidates(
         for options in kernel.offers(tokens, rows, columns)
         if name != "mma24" or _fits(options, device)
     ]
-
-
-def is_eligible(
-    dtype: torch.dtype, rows: int, columns: int, device: torch.device
-) -> tuple[bool, str]:
-    """Returns whether any kernel serves a 2:4 weight on a device, and why not if none does."""
-    reasons = [
-        reason
-        for name, kernel in KERNELS.items()
-        if name != "dense" and (reason := kernel.refuse(dtype, rows, columns, device))
-    ]
-    return len(reasons) < len(KERNELS) - 1, reasons[0] if reasons else ""

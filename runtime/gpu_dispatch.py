@@ -27,7 +27,6 @@ from zeroskip.runtime.candidates24 import (
     Call,
     Choice,
     Form,
-    is_eligible,
     list_candidates,
     search_cusparselt,
 )
@@ -100,10 +99,10 @@ class Table:
             return known[max(known)].choice
         entry = known[above]
         below = max((each for each in known if each < tokens), default=None)
-        if below is not None:
+        if below is not None and tokens != above:
             share = (tokens - below) / (above - below)
             dense_us = known[below].dense_us * (1 - share) + entry.dense_us * share
-            if tokens != above and entry.us * BETWEEN > dense_us:
+            if entry.us * BETWEEN > dense_us:
                 return DENSE
         return entry.choice
 
@@ -325,5 +324,6 @@ def explain_refusal(
     rows: int, columns: int, dtype: torch.dtype, device: torch.device
 ) -> str | None:
     """Returns why no kernel serves such a weight on a device, or None: `K=1020 is not ...`."""
-    eligible, reason = is_eligible(dtype, rows, columns, device)
-    return None if eligible else reason
+    sparse = [kernel for name, kernel in KERNELS.items() if name != DENSE.kernel]
+    reasons = [kernel.refuse(dtype, rows, columns, device) for kernel in sparse]
+    return None if None in reasons else reasons[0]

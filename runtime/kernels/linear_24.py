@@ -15,6 +15,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from zeroskip.ir.linear_24 import as_rows, check_operands, linear_24, read_weight
+from zeroskip.ir.weights import version_of
 from zeroskip.runtime.candidates24 import DENSE, KERNELS, Call, Form
 from zeroskip.runtime.gpu_dispatch import Table, key_of, shipped_table
 
@@ -91,7 +92,7 @@ def _prepare(
 
 def _made(make: Any, values: torch.Tensor, codes: torch.Tensor, rows: int, columns: int) -> Form:
     # Other codes, or either written in place since, make another weight.
-    state = (id(codes), _version(codes), _version(values), rows)
+    state = (id(codes), version_of(codes), version_of(values), rows)
     with _lock:
         known = _known(values)
         held = known.get(make)
@@ -109,8 +110,3 @@ def _known(values: torch.Tensor) -> dict[Any, Any]:
         _forms[values] = {}
     found: dict[Any, Any] = _forms[values]
     return found
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """Returns how often a tensor was written in place; 0 where inference mode does not count."""
-    return 0 if tensor.is_inference() else tensor._version

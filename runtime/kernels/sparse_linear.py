@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from zeroskip.ir.formats import BitmaskWeight
 from zeroskip.ir.ops import sparse_linear, sparse_linear_reference
+from zeroskip.ir.weights import version_of
 from zeroskip.runtime.kernels.library import CpuLinear, ThreadPool, load_library
 from zeroskip.runtime.kernels.location import try_library_path
 
@@ -55,7 +56,7 @@ def _(
     with _lock:
         known: dict[tuple[int, int], _Ready] = _ready.get(values, {})  # type: ignore[no-untyped-call]
         ready = known.get(options)
-        versions = tuple(map(_version, (values, bitmask, row_offsets, scales)))
+        versions = tuple(map(version_of, (values, bitmask, row_offsets, scales)))
         if ready is None or not _same(ready, versions, bitmask, row_offsets, scales):
             linear = CpuLinear(
                 load_library(path), weight, layout=layout, accuracy_level=accuracy_level
@@ -73,11 +74,6 @@ def _(
 def _same(ready: _Ready, versions: tuple[int, ...], *operands: torch.Tensor | None) -> bool:
     same = all(a is b for a, b in zip(ready[2:], operands, strict=True))
     return same and ready.versions == versions
-
-
-def _version(tensor: torch.Tensor | None) -> int:
-    """Returns how often a tensor was written in place; 0 where inference mode does not count."""
-    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 @cache

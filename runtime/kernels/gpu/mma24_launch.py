@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -129,6 +129,7 @@ class Cut:
         return self.tiles * self.blocks if self.shared_tiles else 0
 
 
+@lru_cache(maxsize=4096)  # A call asks twice: for its work space, and for the launch.
 def cut(
     config: Config, tokens: int, rows: int, columns: int, processors: int, shared_bytes: int
 ) -> Cut:
