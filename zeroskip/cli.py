@@ -10,18 +10,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
+from zeroskip.compile_command import compile_command
 from zeroskip.elastic_commands import curve_command, materialize_command
 from zeroskip.exits import EXIT_CODES, REFUSED, STOPPED, fail, refusing_inputs
 from zeroskip.ir.errors import CompileError
-
-if TYPE_CHECKING:
-    from zeroskip.recipe import Recipe
 
 # Everything that imports torch is imported inside the commands: `zeroskip --help` is instant.
 
@@ -45,77 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(args=list(arguments) if arguments is not None else None)
     except CompileError as error:
         fail(error, STOPPED)
-
-
-@app.command("compile", epilog=EXIT_CODES)
-def compile_command(
-    model: Annotated[Path, typer.Argument(help="A Hugging Face directory or a GGUF file.")],
-    recipe: Annotated[
-        str, typer.Option("--recipe", "-r", help="A YAML or JSON file, or fast, balanced, best.")
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="A folder that is not there yet.")],
-    calibration: Annotated[
-        Path | None, typer.Option("--calibration", "-c", help="Text to calibrate on: UTF-8.")
-    ] = None,
-    pattern: Annotated[
-        str | None, typer.Option(help="What fast, balanced or best prune to: 50%, 2:4 ...")
-    ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Windows of text.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(min=1, help="Tokens in each.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Chooses the windows.")] = None,
-    memory: Annotated[str | None, typer.Option(help="Memory budget, such as 4GiB.")] = None,
-    dump: Annotated[
-        Path | None, typer.Option(help="Write the program before and after each pass here.")
-    ] = None,
-    as_json: Json = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no report.")] = False,
-) -> None:
-    """Compile MODEL by a recipe into a folder.
-
-    OUT appears only when everything succeeded. It holds checkpoint/ (an ordinary Hugging Face
-    directory), recipe.yaml (what ran, every option spelled out), report.json, and what the export
-    passes wrote: their relative directories lie under OUT. After a recipe that ends in train-elastic it
-    holds elastic.json and elastic.safetensors too, for `zeroskip materialize`. --samples, --sequence-length, --seed and
-    --memory override the recipe.
-    """
-    with ExitStack() as stack:
-        with refusing_inputs():
-            from zeroskip.ir.folders import new_folder
-            from zeroskip.models import load_tokenizer
-            from zeroskip.progress import without_loading_bars
-            from zeroskip.recipe import dump_recipe, find_recipe
-            from zeroskip.relocation import relocated, under
-
-            stack.enter_context(without_loading_bars(quiet or as_json))
-            plan = _overridden(find_recipe(recipe, pattern), samples, sequence_length, seed, memory)
-            tokenizer = load_tokenizer(model)
-            batches = _calibration(calibration, tokenizer, plan) if calibration else None
-            source = _source(model)
-            folder = stack.enter_context(new_folder(out))
-        from zeroskip.compile import compile_sparse
-        from zeroskip.elastic import write_if_elastic
-        from zeroskip.passes import DumpPrograms
-
-        compiled = compile_sparse(
-            source,
-            [under(step, folder) for step in plan.passes],
-            calibration=batches,
-            memory=plan.memory,
-            instruments=[DumpPrograms(dump)] if dump else [],
-            progress=not (quiet or as_json),
-        )
-        compiled.save_pretrained(folder / "checkpoint")
-        tokenizer.save_pretrained(folder / "checkpoint")
-        write_if_elastic(compiled, folder)
-        (folder / "recipe.yaml").write_text(dump_recipe(plan, defaults=True), encoding="utf-8")
-        report = relocated(compiled.report.to_json(), folder, out.absolute())
-        text = json.dumps(report, indent=2, ensure_ascii=False)
-        (folder / "report.json").write_text(text + "\n", encoding="utf-8")
-        shown = relocated(str(compiled.report), folder, out)
-    if as_json:
-        typer.echo(text)
-    elif not quiet:
-        typer.echo(f"{shown}\n{out}")
 
 
 @app.command("export", epilog=EXIT_CODES)
@@ -204,10 +130,11 @@ def inspect_command(
         problem = CompileError("there is nothing to say", next_step="add --scales")
         fail(problem, REFUSED)
     with refusing_inputs():
+        from zeroskip.models import open_source
         from zeroskip.progress import without_loading_bars
 
         with without_loading_bars(as_json):
-            source = _source(model)
+            source = open_source(model)
     from zeroskip.compile import open_program
     from zeroskip.ir.scale_groups import find_scale_groups
     from zeroskip.scale_table import scales_json, scales_table
@@ -304,42 +231,6 @@ def tune_command(
     typer.echo(totals(tuned, dry_run=dry_run))
 
 
+app.command("compile", epilog=EXIT_CODES)(compile_command)
 app.command("materialize", epilog=EXIT_CODES)(materialize_command)
 app.command("curve", epilog=EXIT_CODES)(curve_command)
-
-
-def _overridden(
-    plan: Recipe,
-    samples: int | None,
-    sequence_length: int | None,
-    seed: int | None,
-    memory: str | None,
-) -> Recipe:
-    """The recipe with the options of the command line in it."""
-    from dataclasses import replace
-
-    given = {"samples": samples, "sequence_length": sequence_length, "seed": seed}
-    changed = {name: value for name, value in given.items() if value is not None}
-    calibration = replace(plan.calibration, **changed)
-    return replace(plan, calibration=calibration, memory=memory or plan.memory)
-
-
-def _calibration(path: Path, tokenizer: Any, plan: Recipe) -> list[dict[str, Any]]:
-    from zeroskip.calibration import calibration_from_text
-
-    return calibration_from_text(
-        path,
-        tokenizer,
-        samples=plan.calibration.samples,
-        sequence_length=plan.calibration.sequence_length,
-        seed=plan.calibration.seed,
-    )
-
-
-def _source(path: Path) -> Any:
-    """A directory is compiled from disk; a GGUF file has to be dequantised first."""
-    if (path / "config.json").is_file():
-        return path
-    from zeroskip.models import load_model
-
-    return load_model(path)[0]

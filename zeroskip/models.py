@@ -155,3 +155,10 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> PreTrainedModel:
             next_step="Check that transformers supports this architecture as GGUF.",
         )
     return model
+
+
+def open_source(path: Path) -> torch.nn.Module | Path:
+    """A directory is compiled from disk; a GGUF file has to be dequantised first."""
+    if (path / "config.json").is_file():
+        return path
+    return load_model(path)[0]
