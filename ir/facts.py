@@ -241,12 +241,15 @@ class Mask:
         shape: (out, in).
         pattern: The pattern that the mask obeys.
         score: The name of the criterion that chose it.
+        error: How far the output of the linear moved when it was pruned, relative to its size, on
+            the calibration data; None where nothing was known of its inputs.
     """
 
     bits: torch.Tensor
     shape: tuple[int, int]
     pattern: SparsityPattern
     score: str
+    error: float | None = None
 
     def keep(self) -> torch.Tensor:
         """Returns the boolean [out, in] tensor."""

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from zeroskip.ir.facts import Masks, ScoreMultipliers, SparseWeights, Statistics
+import torch
+
+from zeroskip.ir.facts import (
+    EdgeStatistics,
+    Mask,
+    Masks,
+    ScoreMultipliers,
+    SparseWeights,
+    Statistics,
+)
 from zeroskip.ir.linears import find_linears, masked_sources
 from zeroskip.ir.program import Program
+from zeroskip.ir.pruning_error import output_error
 from zeroskip.passes.base import Pass, Scope
 
 
@@ -47,15 +57,35 @@ class ApplyMasks(Pass):
         return frozenset(known.masks)
 
     def run(self, program: Program) -> Program:
-        masks = program.fact(Masks).masks
+        masks = dict(program.fact(Masks).masks)
+        statistics = program.facts.get(Statistics, Statistics())
+        assert isinstance(statistics, Statistics)
         keeps = {}
         for linear in find_linears(program):
             if linear.name in masks:
                 keep = masks[linear.name].keep()
-                if linear.weight(program).masked_fill(keep, 0).any():
+                weight = linear.weight(program)
+                if weight.masked_fill(keep, 0).any():
                     keeps[linear.name] = keep
+                    masks[linear.name] = _judged(
+                        masks[linear.name], weight, keep, statistics.edges.get(linear.name)
+                    )
         if keeps:
             program = program.with_weights(masked_sources(program, keeps))
         known = program.facts.get(SparseWeights, SparseWeights())
         assert isinstance(known, SparseWeights)
+        # A mask that is in force already is known with what it cost.
+        masks = {
+            name: known.masks[name] if mask.same_as(known.masks.get(name)) else mask
+            for name, mask in masks.items()
+        }
         return program.with_fact(known.merge(SparseWeights(masks)))
+
+
+def _judged(
+    mask: Mask, weight: torch.Tensor, keep: torch.Tensor, edge: EdgeStatistics | None
+) -> Mask:
+    """The mask with what it does to the output, as far as its inputs were seen."""
+    if edge is None or not edge.count:
+        return mask
+    return replace(mask, error=output_error(weight, weight.masked_fill(~keep, 0), edge))

@@ -214,6 +214,22 @@ def without_numbers(name: str) -> tuple[str, ...]:
     return tuple(_NUMBER.split(name)[::2])
 
 
+def layer_of(name: str) -> int | None:
+    """Returns the first number in a name, which is that of its layer; None without one."""
+    found = _NUMBER.search(name)
+    return int(found[1]) if found else None
+
+
+def role_of(name: str) -> str:
+    """Returns what a linear is in its layer: what follows the first number, or the whole name.
+
+    Experts count as one: `layers.3.mlp.experts.7.w1.weight` is `mlp.experts.*.w1`.
+    """
+    found = _NUMBER.search(name)
+    rest = name[found.end() :].lstrip("].") if found else name
+    return _NUMBER.sub("*", rest.removesuffix(".weight")) or name
+
+
 def common_name(names: Sequence[str]) -> str:
     """Returns the name of several that differ in numbers alone: `layers.0-29.mlp` where the numbers are without gaps."""
     if len(names) == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,13 @@ from zeroskip.ir.induction import Induced
 from zeroskip.ir.linears import Linear, find_linears
 from zeroskip.ir.patterns import SparsityPattern
 from zeroskip.ir.program import Program
-from zeroskip.linear_table import Row, linear_table, slowest_line, table
+from zeroskip.ir.pruning_error import (
+    histogram,
+    relative_change,
+    root_mean_square,
+    sample_weights,
+)
+from zeroskip.linear_table import Row, linear_table, role_of, slowest_line, table
 from zeroskip.passes import PassRecord, PipelineResult
 from zeroskip.runtime.verdict_24 import table_of
 
@@ -32,6 +38,11 @@ class LinearReport:
         note: Why it is dense, or how it is lowered.
         verdict: What was measured or looked up before choosing how it runs, as
             `zeroskip.runtime.dispatch.Verdict.to_json` writes it; None where nothing was.
+        dtype: Of its weight.
+        error: How far its output moved when it was pruned, relative to its size, on the calibration
+            data; None where nothing was known of its inputs. Later training is not in it.
+        change: ||W' - W|| / ||W|| from before the first pass that changes results to the end, on a
+            sample of the weights; None where the weight before is not known.
     """
 
     name: str
@@ -40,6 +51,27 @@ class LinearReport:
     density: float
     note: str
     verdict: Mapping[str, Any] | None = None
+    dtype: str = ""
+    error: float | None = None
+    change: float | None = None
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How the weights of linears that play the same part in their layers are spread.
+
+    Args:
+        role: The last parts of their names.
+        linears: How many there are.
+        before: Counts of the weights before the first pass that changes results, `BINS` of them
+            between -`REACH` and `REACH` root mean squares of the linear; empty where not known.
+        after: The same of the compiled weights, zeros left out, in the same units.
+    """
+
+    role: str
+    linears: int
+    before: list[int]
+    after: list[int]
 
 
 @dataclass(frozen=True)
@@ -73,6 +105,7 @@ class Report:
         seconds: Time for all passes, calibration and checks included.
         drift: Largest ||after - before|| / ||before|| of the program's outputs on the example
             inputs.
+        histograms: Of the weights, by the part that linears play.
     """
 
     passes: list[PassRecord]
@@ -81,6 +114,7 @@ class Report:
     stages: list[str]
     seconds: float
     drift: float
+    histograms: list[Histogram] = field(default_factory=list)
 
     @property
     def density(self) -> float:
@@ -112,6 +146,7 @@ class Report:
             "seconds": self.seconds,
             "drift": self.drift,
             "density": self.density,
+            "histograms": [dataclasses.asdict(histogram) for histogram in self.histograms],
         }
 
     def __str__(self) -> str:
@@ -145,20 +180,24 @@ class Report:
 
 
 def make_report(program: Program, result: PipelineResult, drift: float) -> Report:
-    """Reads the state of every linear off a compiled program."""
+    """Reads the state of every linear off a compiled program, each weight once."""
     roles = program.fact(Roles)
     sparse = program.facts.get(SparseWeights, SparseWeights())
     lowered = program.facts.get(Lowered, Lowered())
     assert isinstance(sparse, SparseWeights)
     assert isinstance(lowered, Lowered)
+    before = _Before(result)
     loaded: dict[str, Any] = {}
     linears = []
+    spreads: dict[str, list[Histogram]] = {}
     for linear in find_linears(program):
         # Experts share a parameter: load it once, and hold no more than one.
         if linear.parameter not in loaded:
             loaded = {linear.parameter: program.weights[linear.parameter]}
         weight = linear.view(loaded[linear.parameter])
         mask = sparse.masks.get(linear.name)
+        change, spread = before.compare(linear, weight)
+        spreads.setdefault(spread.role, []).append(spread)
         linears.append(
             LinearReport(
                 name=linear.name,
@@ -167,10 +206,49 @@ def make_report(program: Program, result: PipelineResult, drift: float) -> Repor
                 density=int(weight.count_nonzero()) / max(weight.numel(), 1),
                 note=_note(linear, mask, roles, lowered),
                 verdict=lowered.verdicts.get(linear.name),
+                dtype=str(weight.dtype).removeprefix("torch."),
+                error=None if mask is None else mask.error,
+                change=change,
             )
         )
     groups = _group_reports(program)
-    return Report(result.records, linears, groups, result.stages, result.seconds, drift)
+    histograms = [_sum(same) for same in spreads.values()]
+    return Report(result.records, linears, groups, result.stages, result.seconds, drift, histograms)
+
+
+class _Before:
+    """The weights before the first pass that changes results, to compare the compiled ones with."""
+
+    def __init__(self, result: PipelineResult) -> None:
+        dense = result.program.dense
+        self._weights = None if dense is None else dense.weights
+        self._loaded: dict[str, torch.Tensor] = {}
+
+    def compare(self, linear: Linear, after: torch.Tensor) -> tuple[float | None, Histogram]:
+        """Returns the relative change of a weight, and how it is spread."""
+        role = role_of(linear.name)
+        new = sample_weights(after)
+        old = self._sample(linear)
+        if old is None or old.shape != new.shape:
+            return None, Histogram(role, 1, [], histogram(new, root_mean_square(new)))
+        unit = root_mean_square(old)
+        spread = Histogram(role, 1, histogram(old, unit), histogram(new, unit))
+        return relative_change(old, new), spread
+
+    def _sample(self, linear: Linear) -> torch.Tensor | None:
+        if self._weights is None or linear.parameter not in self._weights:
+            return None
+        if linear.parameter not in self._loaded:
+            self._loaded = {linear.parameter: self._weights[linear.parameter]}
+        return sample_weights(linear.view(self._loaded[linear.parameter]))
+
+
+def _sum(same: Sequence[Histogram]) -> Histogram:
+    """One histogram of many; what was before is known for all of them or not shown."""
+    known = all(each.before for each in same)
+    before = [sum(counts) for counts in zip(*(each.before for each in same), strict=False)]
+    after = [sum(counts) for counts in zip(*(each.after for each in same), strict=True)]
+    return Histogram(same[0].role, len(same), before if known else [], after)
 
 
 def _group_reports(program: Program) -> list[GroupReport]:
