@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from zeroskip.elastic_manifest import (
     CHECKPOINT,
     MANIFEST_FILE,
     TENSORS_FILE,
-    FileEntry,
     Manifest,
     refuse,
 )
+from zeroskip.manifest_files import FileEntry, describe_file, files_of, is_linked
 
 
 def hash_files(directory: Path) -> dict[str, FileEntry]:
     """Returns size and digest of the tensors and of every file of the checkpoint."""
-    found = [directory / TENSORS_FILE, *_files_of(directory / CHECKPOINT)]
-    return {
-        path.relative_to(directory).as_posix(): FileEntry(path.stat().st_size, _hash(path))
-        for path in found
-    }
+    found = [directory / TENSORS_FILE, *files_of(directory / CHECKPOINT)]
+    return {path.relative_to(directory).as_posix(): describe_file(path) for path in found}
 
 
 def verify_files(manifest: Manifest, directory: Path) -> None:
@@ -32,7 +28,7 @@ def verify_files(manifest: Manifest, directory: Path) -> None:
     """
     for name, entry in manifest.files.items():
         path = directory / name
-        if path.resolve() != directory.resolve() / name:
+        if is_linked(directory, name):
             refuse(path, f"{name} is a link, and an artefact holds its files itself")
         if not path.is_file():
             refuse(path, f"{name} is missing")
@@ -40,24 +36,10 @@ def verify_files(manifest: Manifest, directory: Path) -> None:
             size = path.stat().st_size
             if size < entry.bytes:
                 refuse(path, f"{name} is truncated: {size} of {entry.bytes} bytes are there")
-            if size > entry.bytes or _hash(path) != entry.sha256:
+            if size > entry.bytes or describe_file(path) != entry:
                 refuse(path, f"{name} was tampered with: it is not what {MANIFEST_FILE} says")
         except OSError as error:
             refuse(path, f"{name} cannot be read: {error}")
-    for path in _files_of(directory / CHECKPOINT):
+    for path in files_of(directory / CHECKPOINT):
         if path.relative_to(directory).as_posix() not in manifest.files:
             refuse(path, f"{path.name} was added: {MANIFEST_FILE} does not name it")
-
-
-def _files_of(directory: Path) -> list[Path]:
-    # Hidden files are those of file managers and version control; nothing reads them.
-    found = (path for path in directory.rglob("*") if path.is_file() or path.is_symlink())
-    return sorted(path for path in found if not path.name.startswith("."))
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -7,25 +7,21 @@ damage and careless edits, not somebody who computes it anew.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NoReturn
 
 from zeroskip.ir.elastic import HIERARCHIES
 from zeroskip.ir.errors import ArtifactError
+from zeroskip.manifest_files import FileEntry, digest_of, is_inside, read_object, write_object
 
 MANIFEST_FILE = "elastic.json"
 TENSORS_FILE = "elastic.safetensors"
 CHECKPOINT = "checkpoint"
 FORMAT = "zeroskip-elastic"
 VERSION = 1
-_LARGEST = 2**26
 _AGAIN = "make the artefact again with `zeroskip compile`, or copy it again from where it was made"
 
 
@@ -52,14 +48,6 @@ class LinearEntry:
 
     shape: tuple[int, int]
     serves_lowest: bool
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """The size and digest of a file."""
-
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -107,28 +95,8 @@ def write_manifest(manifest: Manifest, directory: Path) -> None:
         ArtifactError: It cannot be written; the old one is as it was.
     """
     content = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
-    content["sha256"] = _digest(content)
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    partial = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=directory, prefix=f".{MANIFEST_FILE}.", delete=False, encoding="utf-8"
-        ) as file:
-            partial = Path(file.name)
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)
-        partial.replace(directory / MANIFEST_FILE)
-    except OSError as error:
-        raise ArtifactError(
-            f"{MANIFEST_FILE} cannot be written: {error}",
-            where=str(directory),
-            next_step="free space or permissions there and try again",
-        ) from error
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
+    content["sha256"] = digest_of(content)
+    write_object(content, directory / MANIFEST_FILE)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -152,14 +120,9 @@ def read_manifest(directory: Path) -> Manifest:
     except _MalformedError as error:
         refuse(path, f"{MANIFEST_FILE} is malformed: {error}")
     given = content.pop("sha256", None)
-    if given != _digest(content):
+    if given != digest_of(content):
         refuse(path, f"{MANIFEST_FILE} was tampered with: its digest is another")
     return manifest
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -170,23 +133,14 @@ def _read(path: Path) -> dict[str, Any]:
             next_step="pass the folder that `zeroskip compile` wrote for a recipe that ends in train-elastic",
         )
     try:
-        if path.stat().st_size > _LARGEST:
-            refuse(path, f"{MANIFEST_FILE} is larger than any manifest")
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
-    except (OSError, ValueError, RecursionError) as error:
+        return read_object(path)
+    except (OSError, ValueError) as error:
         refuse(path, f"{MANIFEST_FILE} is truncated or no JSON: {error}")
-    if not isinstance(content, dict):
-        refuse(path, f"{MANIFEST_FILE} holds a {type(content).__name__}, not an object")
-    return content
 
 
 def refuse(path: Path, problem: str) -> NoReturn:
     """Raises an ArtifactError about a file of an artefact."""
     raise ArtifactError(problem, where=str(path), next_step=_AGAIN)
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number")
 
 
 class _MalformedError(ValueError):
@@ -223,11 +177,8 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
 def _files(content: Mapping[str, Any]) -> dict[str, FileEntry]:
     files = _each(content, "files", _file)
     for name in files:
-        path = PurePosixPath(name)
-        inside = name == TENSORS_FILE or (path.parts[:1] == (CHECKPOINT,) and len(path.parts) > 1)
-        plain = path.as_posix() == name and not {"", ".", ".."} & set(name.split("/"))
-        odd = any(c in name for c in "\\:\0")
-        _need(inside and plain and not odd, f"the file name {name!r} leads elsewhere")
+        known = name == TENSORS_FILE or name.startswith(f"{CHECKPOINT}/")
+        _need(known and is_inside(name), f"the file name {name!r} leads elsewhere")
     _need(TENSORS_FILE in files, f"files lack {TENSORS_FILE}")
     _need(f"{CHECKPOINT}/config.json" in files, f"files lack {CHECKPOINT}/config.json")
     return files
