@@ -87,7 +87,7 @@ Row = dict[str, Any]
 
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line; `--worker` is how the script calls itself."""
-    from zeroskip.recipe import PRESETS
+    from zeroskip.presets import PRESETS
 
     known = ["dense", *METHODS, *PRESETS]
     parser = argparse.ArgumentParser(description="Measure the pruning methods.")
@@ -162,7 +162,7 @@ def measure(arguments: argparse.Namespace) -> Row:
 
     from zeroskip import compile_sparse, perplexity
     from zeroskip.ir.errors import PatternError
-    from zeroskip.recipe import PRESETS
+    from zeroskip.presets import PRESETS
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -235,7 +235,8 @@ def case(
 def recipe_of(method: str, pattern: str) -> Recipe | str | None:
     """The recipe of a method at a pattern, or why there is none; None for the dense model."""
     from zeroskip.passes import PASSES
-    from zeroskip.recipe import PRESETS, parse_recipe, preset
+    from zeroskip.presets import PRESETS, preset
+    from zeroskip.recipe import parse_recipe
 
     if method == "dense":
         return None

@@ -52,7 +52,8 @@ def compile_command(
             from zeroskip.ir.folders import new_folder
             from zeroskip.models import load_tokenizer, open_source
             from zeroskip.progress import without_loading_bars
-            from zeroskip.recipe import dump_recipe, find_recipe
+            from zeroskip.presets import find_recipe
+            from zeroskip.recipe import dump_recipe
             from zeroskip.relocation import relocated, under
 
             stack.enter_context(without_loading_bars(quiet or as_json))

@@ -1,32 +1,37 @@
-"""A recipe: a list of passes, written as YAML or JSON.
+"""A recipe: a list of passes and what goes with it, written as YAML or JSON.
 
 ```yaml
+pattern: "2:4"
 passes:
   - observe
-  - prune-wanda: {pattern: "2:4"}
+  - prune-wanda
   - apply-masks
 calibration: {samples: 32, sequence_length: 512, seed: 0}
-memory: 4GiB
+budget: {memory: 4GiB}
+gates: {max_bytes: 80MiB}
 ```
 
 The options of a pass are the fields of its dataclass, so nothing is declared twice: a recipe is
-checked against the types of those fields, strictly (`"3"` is not a number, `1` is not a flag).
+checked against the types of those fields, strictly (`"3"` is not a number, `1` is not a flag). What
+is written once for all passes (`pattern`, `targets`, `ignore`, `seed`) is put into each of them on
+reading: a `Recipe` holds passes with all their options.
 """
 
 from __future__ import annotations
 
 import json
-import textwrap
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from zeroskip.gate_options import Gates
 from zeroskip.ir.errors import CompileError, RecipeError
-from zeroskip.ir.patterns import parse_pattern
 from zeroskip.passes import PASSES
+from zeroskip.recipe_document import MEMORY, Budget, CalibrationOptions, RecipeDocument
 from zeroskip.recipe_options import (
     AS_A_LIST,
     check_known,
@@ -34,8 +39,9 @@ from zeroskip.recipe_options import (
     options_of,
     plain,
     read_options,
-    read_value,
+    section_of,
 )
+from zeroskip.recipe_shorthand import Shorthand
 from zeroskip.recipe_yaml import RecipeDumper, RecipeLoader
 
 if TYPE_CHECKING:
@@ -43,93 +49,32 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class CalibrationOptions:
-    """How many windows of text a compilation sees, how long they are, and which ones."""
-
-    samples: int = 32
-    sequence_length: int = 512
-    seed: int = 0
-
-
-@dataclass(frozen=True)
 class Recipe:
-    """What to run, on how much calibration text, within how much memory."""
+    """What to run, on what calibration text, within how much memory, and what has to come out.
+
+    Args:
+        passes: In order, every option set.
+        calibration: Its `text` is a path that holds from the working directory.
+        memory: Budget for activations.
+        gates: Their texts are such paths as well.
+    """
 
     passes: tuple[Pass, ...]
-    calibration: CalibrationOptions = CalibrationOptions()
-    memory: str = "4GiB"
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    memory: str = MEMORY
+    gates: Gates = field(default_factory=Gates)
 
 
-# {pattern} is what to prune to. Read them with `preset`, or copy one and change it.
-PRESETS = {
-    # One pass over the calibration data; no weight changes but to zero.
-    "fast": """
-        passes:
-          - observe
-          - prune-wanda: {pattern: "{pattern}"}
-          - apply-masks
-        calibration: {samples: 32, sequence_length: 512}
-    """,
-    # The kept weights make up for the pruned ones, linear by linear, then layer by layer.
-    "balanced": """
-        passes:
-          - observe: {gram: true}
-          - prune-sparsegpt: {pattern: "{pattern}"}
-          - reconstruct-blocks
-        calibration: {samples: 32, sequence_length: 512}
-    """,
-    # The same on four times the data.
-    "best": """
-        passes:
-          - observe: {gram: true}
-          - prune-sparsegpt: {pattern: "{pattern}"}
-          - reconstruct-blocks: {epochs: 2}
-        calibration: {samples: 64, sequence_length: 1024}
-    """,
-}
-
-
-def preset(name: str, pattern: str = "50%") -> Recipe:
-    """Returns a recipe by name: `fast`, `balanced` or `best`.
-
-    Args:
-        name: A key of `PRESETS`.
-        pattern: What to prune to, such as `2:4` or `50%`.
-
-    Raises:
-        RecipeError: There is no such preset, or the text is not a pattern.
-    """
-    check_known(name, PRESETS, "preset", "presets")
-    text = textwrap.dedent(PRESETS[name]).replace("{pattern}", str(parse_pattern(pattern)))
-    return loads_recipe(text, where=f"preset {name}")
-
-
-def find_recipe(name: str, pattern: str | None = None) -> Recipe:
-    """Returns the recipe of a file, or a preset by its name.
-
-    Args:
-        name: A path, or a key of `PRESETS`; a file of that name comes first.
-        pattern: For a preset only.
-
-    Raises:
-        RecipeError: There is neither, or a pattern was given for a file.
-    """
-    if name in PRESETS and not Path(name).exists():
-        return preset(name, pattern or "50%")
-    if pattern is not None:
-        raise RecipeError(
-            "a recipe file has its pattern inside.",
-            where=name,
-            next_step=f"write it there, or name a preset: {', '.join(PRESETS)}",
-        )
-    return load_recipe(name)
-
-
-def load_recipe(path: str | Path) -> Recipe:
+def load_recipe(path: str | Path, pattern: str | None = None) -> Recipe:
     """Reads a recipe file: JSON when it ends in `.json`, YAML otherwise.
 
+    Args:
+        path: Texts that the recipe names are relative to its folder.
+        pattern: Takes the place of the recipe's own `pattern`.
+
     Raises:
-        RecipeError: The file is missing or malformed, or names what does not exist.
+        RecipeError: The file is missing or malformed, or names what does not exist; or no pass
+            takes the pattern.
     """
     path = Path(path)
     try:
@@ -140,10 +85,14 @@ def load_recipe(path: str | Path) -> Recipe:
             where=str(path),
             next_step="Give the path of a UTF-8 YAML or JSON file.",
         ) from error
-    return loads_recipe(text, where=str(path), as_json=path.suffix == ".json")
+    as_json = path.suffix == ".json"
+    recipe = loads_recipe(text, where=str(path), as_json=as_json, pattern=pattern)
+    return _with_texts(recipe, lambda text: str(path.parent / text))
 
 
-def loads_recipe(text: str, *, where: str = "recipe", as_json: bool = False) -> Recipe:
+def loads_recipe(
+    text: str, *, where: str = "recipe", as_json: bool = False, pattern: str | None = None
+) -> Recipe:
     """Reads a recipe from its text; `where` names it in errors."""
     try:
         document = json.loads(text) if as_json else yaml.load(text, Loader=RecipeLoader)
@@ -160,17 +109,17 @@ def loads_recipe(text: str, *, where: str = "recipe", as_json: bool = False) -> 
         ) from error
     except yaml.YAMLError as error:
         raise RecipeError(f"The recipe is not YAML: {error}.", where=where) from error
-    return parse_recipe(document, where=where)
+    return parse_recipe(document, where=where, pattern=pattern)
 
 
-def parse_recipe(document: object, *, where: str = "recipe") -> Recipe:
+def parse_recipe(document: object, *, where: str = "recipe", pattern: str | None = None) -> Recipe:
     """Turns the plain data of a recipe (dicts, lists, strings, numbers) into a `Recipe`."""
     if not isinstance(document, Mapping):
         raise RecipeError(
             f"A recipe is a mapping with the key `passes`, not {kind_of(document)}.", where=where
         )
     for key in document:
-        check_known(key, _RECIPE_KEYS, "top-level key", where)
+        check_known(key, options_of(RecipeDocument), "top-level key", where)
     entries = document.get("passes")
     if not isinstance(entries, list) or not entries:
         raise RecipeError(
@@ -178,21 +127,25 @@ def parse_recipe(document: object, *, where: str = "recipe") -> Recipe:
             where=where,
             next_step="Write `passes:` followed by one `- name` or `- name: {option: value}` a line.",
         )
-    calibration = document.get("calibration", {})
-    if not isinstance(calibration, Mapping):
+    if "memory" in document and "budget" in document:
         raise RecipeError(
-            f"`calibration` must be a mapping of options, not {kind_of(calibration)}.", where=where
+            "`memory` and `budget` are both there, and say the same.",
+            where=where,
+            next_step="Leave `memory` out.",
         )
-    options = read_options(CalibrationOptions, calibration, f"{where}, calibration", None)
-    for name, value in options.items():
-        if value < (0 if name == "seed" else 1):
-            raise RecipeError(f"`{name}` is {value}: too small.", where=f"{where}, calibration")
-    memory = read_value(str, document.get("memory", Recipe.memory), "memory", where, None)
-    return Recipe(
-        tuple(_pass(entry, f"{where}, passes[{i}]") for i, entry in enumerate(entries)),
-        CalibrationOptions(**options),
-        memory,
-    )
+    # The passes are read below, where a shorthand can be put into them.
+    top = RecipeDocument(**read_options(RecipeDocument, {**document, "passes": []}, where, None))
+    shorthand = Shorthand(pattern or top.pattern, top.targets, top.ignore, top.seed)
+    passes = [_pass(entry, f"{where}, passes[{i}]", shorthand) for i, entry in enumerate(entries)]
+    shorthand.check_used(where)
+    calibration = top.calibration
+    own = document.get("calibration")
+    if top.seed is not None and not (isinstance(own, Mapping) and "seed" in own):
+        calibration = replace(calibration, seed=top.seed)
+    budget = top.budget
+    if top.memory is not None:
+        budget = Budget(top.memory)
+    return Recipe(tuple(passes), calibration, budget.memory, top.gates)
 
 
 def dump_recipe(recipe: Recipe | Iterable[Pass], *, defaults: bool = False) -> str:
@@ -206,10 +159,14 @@ def dump_recipe(recipe: Recipe | Iterable[Pass], *, defaults: bool = False) -> s
     if not isinstance(recipe, Recipe):
         recipe = Recipe(tuple(recipe))
     document: dict[str, Any] = {"passes": [_entry(step, defaults) for step in recipe.passes]}
-    if defaults or recipe.calibration != CalibrationOptions():
-        document["calibration"] = asdict(recipe.calibration)
-    if defaults or recipe.memory != Recipe.memory:
-        document["memory"] = recipe.memory
+    sections = {
+        "calibration": recipe.calibration,
+        "budget": Budget(recipe.memory),
+        "gates": recipe.gates,
+    }
+    for name, section in sections.items():
+        if written := _written(section, defaults):
+            document[name] = written
     text: str = yaml.dump(
         document, Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=100
     )
@@ -223,10 +180,46 @@ def dump_recipe(recipe: Recipe | Iterable[Pass], *, defaults: bool = False) -> s
     return text
 
 
-_RECIPE_KEYS = frozenset({"passes", "calibration", "memory"})
+def recipe_for(recipe: Recipe, folder: Path) -> Recipe:
+    """Returns the recipe as it is to be written into a folder: relative texts lead there from it."""
+    return _with_texts(
+        recipe,
+        lambda text: (
+            text if Path(text).is_absolute() else Path(os.path.relpath(text, folder)).as_posix()
+        ),
+    )
 
 
-def _pass(entry: object, where: str) -> Pass:
+def _with_texts(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
+    calibration, gate = recipe.calibration, recipe.gates.max_perplexity_increase
+    if calibration.text is not None:
+        recipe = replace(recipe, calibration=replace(calibration, text=change(calibration.text)))
+    if gate is not None and gate.text is not None:
+        gate = replace(gate, text=change(gate.text))
+        recipe = replace(recipe, gates=replace(recipe.gates, max_perplexity_increase=gate))
+    return recipe
+
+
+def _written(section: Any, defaults: bool) -> dict[str, Any]:
+    """A dataclass as a mapping, by default only with what is not as by default."""
+    written: dict[str, Any] = {}
+    for each in fields(section):
+        value = getattr(section, each.name)
+        if is_dataclass(value):
+            inner = _written(value, defaults)
+            alone = getattr(value, "shorthand", None)
+            short = not defaults and list(inner) == [alone]
+            written[each.name] = inner[alone] if short else inner
+        elif value != each.default or (defaults and not _is_section(section, each.name)):
+            written[each.name] = plain(value)
+    return written
+
+
+def _is_section(section: Any, name: str) -> bool:
+    return section_of(options_of(type(section))[name][1]) is not None
+
+
+def _pass(entry: object, where: str, shorthand: Shorthand) -> Pass:
     """One item of `passes`: a name, or a mapping from one name to its options."""
     if isinstance(entry, str):
         entry = {entry: None}
@@ -244,7 +237,7 @@ def _pass(entry: object, where: str) -> Pass:
             pass_name=name,
         )
     cls = PASSES[name]
-    options = read_options(cls, given, where, name)
+    options = read_options(cls, shorthand.fill(cls, given), where, name)
     try:
         return cls(**options)
     except (CompileError, ValueError, TypeError) as error:
@@ -262,11 +255,11 @@ def _entry(step: Pass, defaults: bool) -> str | dict[str, dict[str, Any]]:
             next_step=AS_A_LIST,
         )
     options = {}
-    for name, (field, _) in options_of(type(step)).items():
+    for name, (option, _) in options_of(type(step)).items():
         value = getattr(step, name)
-        default = field.default
-        if field.default_factory is not MISSING:
-            default = field.default_factory()
+        default = option.default
+        if option.default_factory is not MISSING:
+            default = option.default_factory()
         if defaults or default is MISSING or value != default:
             try:
                 options[name] = plain(value)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -17,13 +18,29 @@ from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, Val
 from zeroskip.ir.errors import RecipeError
 from zeroskip.ir.patterns import SparsityPattern
 
+_OF_RANGE = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "too_short"}
 AS_A_LIST = "Give the passes to compile_sparse as a list instead."
 
 
 def options_of(cls: type[Any]) -> dict[str, tuple[Field[Any], Any]]:
     """The options of a pass: field name -> (field, type of the value in a recipe)."""
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, include_extras=True)
     return {field.name: (field, _written(hints[field.name])) for field in fields(cls) if field.init}
+
+
+def pattern_options(cls: type[Any]) -> list[str]:
+    """The options of a pass that are sparsity patterns."""
+    hints = get_type_hints(cls)
+    return [name for name in options_of(cls) if SparsityPattern in _members(hints[name])]
+
+
+def section_of(hint: Any) -> type[Any] | None:
+    """The dataclass that an option is, or may be; None where it is a plain value."""
+    return next((m for m in _members(hint) if isinstance(m, type) and is_dataclass(m)), None)
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def _written(hint: Any) -> Any:
@@ -51,18 +68,42 @@ def read_options(
                 where=where,
                 pass_name=pass_name,
             )
-    return {
-        key: read_value(known[key][1], value, key, where, pass_name) for key, value in given.items()
-    }
+    read = {}
+    for key, value in given.items():
+        hint = known[key][1]
+        section = section_of(hint)
+        if section is None:
+            read[key] = read_value(hint, value, key, where, pass_name)
+        elif value is not None or type(None) not in _members(hint):
+            read[key] = read_section(section, value, key, where)
+    return read
+
+
+def read_section(cls: type[Any], value: object, name: str, where: str) -> Any:
+    """Reads a dataclass within a recipe: a mapping, or the one value that `shorthand` names."""
+    shorthand: str | None = getattr(cls, "shorthand", None)
+    if isinstance(value, Mapping):
+        place = f"{where}, {name}"
+        options = read_options(cls, value, place, None)
+    elif shorthand is None or value is None or isinstance(value, list):
+        alone = " or a single value" if shorthand else ""
+        raise RecipeError(
+            f"`{name}` must be a mapping of options{alone}, not {kind_of(value)}.", where=where
+        )
+    else:
+        place = where
+        options = {shorthand: read_value(options_of(cls)[shorthand][1], value, name, where, None)}
+    try:
+        return cls(**options)
+    except RecipeError as error:
+        error.where = error.where or place
+        raise
 
 
 def read_value(hint: Any, value: object, name: str, where: str, pass_name: str | None) -> Any:
     """Reads one value as the type `hint`, by the rules of strict JSON: a list may be a tuple."""
     try:
-        adapter: TypeAdapter[Any] = TypeAdapter(
-            hint, config=ConfigDict(arbitrary_types_allowed=True)
-        )
-        return adapter.validate_json(json.dumps(value), strict=True)
+        return adapter_of(hint).validate_json(json.dumps(value), strict=True)
     except PydanticSchemaGenerationError as error:
         problem = f"The option `{name}` cannot be written in a recipe: its type is {hint}."
         raise RecipeError(problem, where=where, pass_name=pass_name) from error
@@ -83,12 +124,20 @@ def read_value(hint: Any, value: object, name: str, where: str, pass_name: str |
         )
         number = isinstance(value, int | float) and not isinstance(value, bool)
         quote = number and any("string" in reason for reason in reasons)
+        kinds = {e["type"] for e in error.errors()} if isinstance(error, ValidationError) else set()
+        wrong = "is out of range" if kinds and kinds <= _OF_RANGE else "has the wrong type"
         raise RecipeError(
-            f"`{name}: {value}` has the wrong type: {'; '.join(reasons)}.",
+            f"`{name}: {value}` {wrong}: {'; '.join(reasons)}.",
             where=f"{where}, option {name}",
             pass_name=pass_name,
             next_step=f'Put the value in quotes: `{name}: "{value}"`.' if quote else None,
         ) from error
+
+
+@functools.cache
+def adapter_of(hint: Any) -> TypeAdapter[Any]:
+    """What reads, and describes, values of a type; made once, for it takes milliseconds."""
+    return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
 
 
 def check_known(

@@ -13,7 +13,8 @@ from zeroskip.ir.errors import PatternError, RecipeError
 from zeroskip.ir.facts import SparseWeights
 from zeroskip.ir.linears import find_linears
 from zeroskip.ir.patterns import parse_pattern
-from zeroskip.recipe import PRESETS, dump_recipe, find_recipe, loads_recipe, preset
+from zeroskip.presets import PRESETS, about, find_recipe, preset, preset_text
+from zeroskip.recipe import dump_recipe, loads_recipe
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -36,7 +37,8 @@ def test_a_preset_is_a_recipe_like_any_other(name: str) -> None:
     recipe = preset(name, "4:8")
     assert loads_recipe(dump_recipe(recipe)) == recipe
     assert "4:8" in dump_recipe(recipe)
-    assert PRESETS[name].count("{pattern}") == dump_recipe(recipe).count("4:8")
+    assert loads_recipe(preset_text(name, "4:8")) == recipe
+    assert about(name).endswith(".")
 
 
 def test_a_name_is_a_preset_unless_there_is_such_a_file(
@@ -47,7 +49,7 @@ def test_a_name_is_a_preset_unless_there_is_such_a_file(
     assert find_recipe("best") == preset("best", "50%")
     Path("fast").write_text("passes: [eliminate-dead-code]")
     assert [step.name for step in find_recipe("fast").passes] == ["eliminate-dead-code"]
-    with pytest.raises(RecipeError, match="has its pattern inside"):
+    with pytest.raises(RecipeError, match="no pass takes it"):
         find_recipe("fast", "2:4")
 
 
@@ -57,8 +59,10 @@ def test_what_does_not_exist_is_refused() -> None:
     assert "fast" in str(caught.value.next_step)
     with pytest.raises(PatternError, match="not a sparsity pattern"):
         preset("best", "half")
-    with pytest.raises(RecipeError, match="cannot be read"):
+    with pytest.raises(RecipeError, match="neither a file nor a preset"):
         find_recipe("bets")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        find_recipe("bets.yaml")
 
 
 def test_better_presets_see_more_data() -> None:

@@ -80,7 +80,7 @@ def test_the_whole_recipe_comes_back() -> None:
 def test_defaults_are_left_out_unless_asked_for() -> None:
     assert yaml.safe_load(dump_recipe([example("observe")])) == {"passes": ["observe"]}
     spelled_out = yaml.safe_load(dump_recipe([example("observe")], defaults=True))
-    assert set(spelled_out) == {"passes", "calibration", "memory"}
+    assert set(spelled_out) == {"passes", "calibration", "budget"}
 
 
 def test_an_unquoted_pattern_is_no_number() -> None:
@@ -121,8 +121,8 @@ def test_the_example_recipes_are_valid(path: Path) -> None:
         ("passes: [observe]\ncalibration: {samples: many}", "wrong type", None),
         ("passes: [observe]\ncalibration: {samples: 1.5}", "wrong type", None),
         ("passes: [observe]\ncalibration: {samples: true}", "wrong type", None),
-        ("passes: [observe]\ncalibration: {samples: 0}", "too small", None),
-        ("passes: [observe]\ncalibration: {seed: -1}", "too small", None),
+        ("passes: [observe]\ncalibration: {samples: 0}", "greater than or equal to 1", None),
+        ("passes: [observe]\ncalibration: {seed: -1}", "out of range", None),
     ],
 )
 def test_refusals_name_the_place_and_the_nearest(
