@@ -179,6 +179,25 @@ def _model_class(config: PretrainedConfig, directory: Path) -> type[PreTrainedMo
     return found
 
 
+def read_index(index: Path) -> dict[str, str]:
+    """Returns the file name of each key, or raises an ArtifactError; names stay in the folder."""
+    shard_of = read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(s, str) for s in shard_of.values()):
+        raise ArtifactError(
+            "the index has no weight_map from keys to files",
+            where=str(index),
+            next_step="fetch the file again",
+        )
+    for shard in sorted(set(shard_of.values())):
+        if Path(shard).name != shard or shard in ("", ".."):
+            raise ArtifactError(
+                f"the index points outside of the directory: {shard!r}",
+                where=str(index),
+                next_step="fetch the checkpoint again, from somebody you trust",
+            )
+    return shard_of
+
+
 def _read_headers(directory: Path) -> dict[str, OnDisk]:
     """Returns where every tensor of the checkpoint is; reads headers, closes every file."""
     single, index = directory / SINGLE, directory / INDEX
@@ -193,19 +212,9 @@ def _read_headers(directory: Path) -> dict[str, OnDisk]:
             where=str(directory),
             next_step="load it where you trust it and save_pretrained it: that writes safetensors",
         )
-    shard_of = read_json(index).get("weight_map")
-    if not isinstance(shard_of, dict) or not all(isinstance(s, str) for s in shard_of.values()):
-        raise ArtifactError(
-            "the index has no weight_map from keys to files",
-            where=str(index),
-            next_step="fetch the file again",
-        )
+    shard_of = read_index(index)
     stored: dict[str, OnDisk] = {}
     for shard in sorted(set(shard_of.values())):
-        if Path(shard).name != shard:
-            raise ArtifactError(
-                f"the index points outside of the directory: {shard!r}", where=str(index)
-            )
         stored.update(
             (key, tensor)
             for key, tensor in _read_header(directory / shard)

@@ -29,7 +29,7 @@ from zeroskip.ir.folders import new_folder
 from zeroskip.ir.weights import InMemory, Source, Weights
 
 # Beside the weights a checkpoint holds the config, generation config, tokenizer and processor.
-_COMPANIONS = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".bpe"}
+COMPANIONS = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".bpe"}
 _NOT_OURS = ("sparsity_config", "compression_config", "quantization_config")
 
 
@@ -125,7 +125,7 @@ def _write_companions(
             generation.save_pretrained(directory)
         return
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix in _COMPANIONS and not path.name.endswith(INDEX[-11:]):
+        if path.is_file() and path.suffix in COMPANIONS and not path.name.endswith(INDEX[-11:]):
             shutil.copyfile(path, directory / path.name)
         elif path.is_dir() and path.name == "additional_chat_templates":
             shutil.copytree(path, directory / path.name)

@@ -19,6 +19,7 @@ from zeroskip.compile_command import compile_command
 from zeroskip.elastic_commands import curve_command, materialize_command
 from zeroskip.exits import EXIT_CODES, REFUSED, STOPPED, fail, refusing_inputs
 from zeroskip.ir.errors import CompileError
+from zeroskip.verify_command import verify_command
 
 # Everything that imports torch is imported inside the commands: `zeroskip --help` is instant.
 
@@ -234,3 +235,4 @@ def tune_command(
 app.command("compile", epilog=EXIT_CODES)(compile_command)
 app.command("materialize", epilog=EXIT_CODES)(materialize_command)
 app.command("curve", epilog=EXIT_CODES)(curve_command)
+app.command("verify", epilog=EXIT_CODES)(verify_command)

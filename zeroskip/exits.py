@@ -12,6 +12,7 @@ from zeroskip.ir.errors import CompileError
 
 STOPPED = 1
 REFUSED = 2
+CHANGED = 4
 EXIT_CODES = (
     "Exit codes: 0 done; 2 the command line or an input cannot be used, nothing was computed; "
     "1 the compilation or evaluation stopped."

@@ -103,20 +103,22 @@ def write_object(content: Mapping[str, Any], path: Path) -> None:
         ArtifactError: It cannot be written; the old one is as it was.
     """
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # Names of files that are no UTF-8 are kept as escapes.
+    encoded = text.encode("utf-8", "backslashreplace")
     partial = None
     try:
         with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
+            dir=path.parent, prefix=f".{path.name}.", delete=False
         ) as file:
             partial = Path(file.name)
-            file.write(text)
+            file.write(encoded)
             file.flush()
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
         partial.chmod(0o666 & ~umask)
         partial.replace(path)
-    except (OSError, UnicodeEncodeError) as error:
+    except OSError as error:
         raise ArtifactError(
             f"{path.name} cannot be written: {error}",
             where=str(path.parent),

@@ -19,6 +19,7 @@ from zeroskip.ir.formats import BitmaskWeight
 from zeroskip.runtime.onnx.folder import PROTOBUF_LIMIT
 from zeroskip.runtime.onnx.sparse_linear import check_weight
 from zeroskip.runtime.onnx.sparse_linear_function import DOMAIN, INPUTS, OP
+from zeroskip.runtime.onnx.tensors import to_torch
 
 BESIDE = 1 << 30
 """From as many bytes of weights on, they go to a file of their own."""
@@ -144,29 +145,19 @@ def _is_zero(bias: onnx_ir.Value) -> bool:
 def _dense(
     parts: dict[str, onnx_ir.TensorProtocol], rows: int, columns: int, block_size: int, name: str
 ) -> onnx_ir.TensorProtocol:
-    bitmask, offsets, values = (_tensor(parts[part]) for part in INPUTS[1:4])
+    bitmask, offsets, values = (to_torch(parts[part]) for part in INPUTS[1:4])
     scales = parts.get("scales")
     is_int8 = values.dtype == torch.int8
     weight = BitmaskWeight(
         bitmask,
         offsets,
         values,
-        _tensor(scales) if scales is not None and is_int8 else None,
+        to_torch(scales) if scales is not None and is_int8 else None,
         columns,
         block_size,
     )
     check_weight(weight, rows, name)
     return onnx_ir.tensor(weight.unpack().T.contiguous().numpy(), name=f"{name}.dense")
-
-
-def _tensor(constant: onnx_ir.TensorProtocol) -> torch.Tensor:
-    is_bfloat16 = constant.dtype == onnx_ir.DataType.BFLOAT16  # numpy has no such type of its own
-    array = constant.numpy().view("int16") if is_bfloat16 else constant.numpy()
-    tensor = torch.from_numpy(array.copy())
-    if isinstance(constant, onnx_ir.ExternalTensor):
-        del array
-        constant.release()  # otherwise every weight that was read stays mapped
-    return tensor.view(torch.bfloat16) if is_bfloat16 else tensor
 
 
 def _attribute(node: onnx_ir.Node, name: str) -> int:

@@ -1,0 +1,70 @@
+"""The command `zeroskip verify`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from zeroskip.exits import CHANGED, refusing_inputs
+
+if TYPE_CHECKING:
+    from zeroskip.verify import Verification
+
+
+def verify_command(
+    directory: Annotated[Path, typer.Argument(help="What `zeroskip compile` wrote.")],
+    run: Annotated[
+        bool, typer.Option("--run/--no-run", help="Run the models and compare what they compute.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Say whether DIRECTORY is still what was compiled.
+
+    Every file is hashed and compared with manifest.json; then the weights are looked at: shapes,
+    densities, the pattern of the zeros, the same weights in ONNX, and with --run the same outputs.
+    Files are told apart as tampered (another content), truncated, missing, extra (nobody recorded
+    it), stale (an input changed since, or another version of the format) and wrong (digests hold,
+    but what is in it contradicts the manifest). A digest is no signature: it does not stop whoever
+    computes all of them anew. Exit codes: 0 it is what it was; 4 it is not; 2 there is no manifest.
+    """
+    with refusing_inputs():
+        from zeroskip.progress import without_loading_bars
+        from zeroskip.verify import verify_artefact
+
+        with without_loading_bars(as_json):
+            found = verify_artefact(directory, run=run)
+    if as_json:
+        typer.echo(json.dumps(_json(found, directory), indent=2))
+    else:
+        typer.echo("\n".join(_lines(found)))
+    if found.findings:
+        count = len(found.findings)
+        what = "thing is" if count == 1 else "things are"
+        typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
+        typer.echo(f"{count} {what} not what they were in {directory}", err=True)
+        raise SystemExit(CHANGED)
+
+
+def _json(found: Verification, directory: Path) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {"directory": str(directory), "intact": not found.findings, **asdict(found)}
+
+
+def _lines(found: Verification) -> list[str]:
+    lines = []
+    for one in found.findings:
+        # Names in quotes and escaped: what a file says is not to steer a terminal.
+        lines += [f"{one.kind:<9}  {_plain(one.file)}: {_plain(one.problem)}"]
+        lines += [f"{'':<9}  next: {one.next_step}"]
+    lines += [f"not looked at: {_plain(text)}" for text in found.skipped]
+    looked_at = ", ".join(f"{number} {thing}" for thing, number in found.checked.items())
+    verdict = "it is not what it was" if found.findings else "it is what it was"
+    return [*lines, f"{verdict}: looked at {looked_at or 'the manifest'}"]
+
+
+def _plain(text: str) -> str:
+    return text if text.isprintable() else json.dumps(text)
