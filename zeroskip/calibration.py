@@ -1,8 +1,9 @@
-"""Calibration inputs from plain text: windows of tokens, chosen by a seed."""
+"""Calibration inputs: windows of a text, chosen by a seed, and windows that the model writes itself."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,12 @@ from zeroskip.ir.errors import CalibrationError
 from zeroskip.text import read_text
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from zeroskip.recipe_document import CalibrationOptions
+
+# Windows that are written together: enough for fast products, few enough for their caches.
+_WRITTEN_AT_ONCE = 64
 
 
 def calibration_from_text(
@@ -61,6 +67,123 @@ def calibration_from_text(
         }
         for start in _starts(len(tokens), samples, sequence_length, seed)
     ]
+
+
+def generate_calibration(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int = 32,
+    sequence_length: int = 512,
+    seed: int = 0,
+) -> list[dict[str, torch.Tensor]]:
+    """Lets a dense language model write windows for `compile_sparse(..., calibration=...)`.
+
+    Each begins with a token drawn from the vocabulary without its special tokens; those after it
+    are drawn from what the model expects, at temperature 1. So they look like what the model was
+    trained on, whatever text is at hand, and a pruned model keeps more of what that text does not
+    show. Use them beside windows of a text (`mixed`), not instead.
+
+    Source: Williams et al., "Self-calibration for Language Model Quantization and Pruning", arXiv
+    2410.17170; a first token at random as in Liu et al., LLM-QAT, arXiv 2305.17888.
+
+    Args:
+        model: A causal language model with a cache.
+        tokenizer: The tokenizer of the model.
+        samples: Number of windows.
+        sequence_length: Tokens in a window.
+        seed: The same seed gives the same windows, on the same machine with as many threads: where
+            a sum is rounded otherwise, another token may be drawn.
+
+    Returns:
+        One batch of one window each, as from `calibration_from_text`.
+
+    Raises:
+        CalibrationError: The model keeps no cache, or its logits are not finite.
+    """
+    if samples < 1 or sequence_length < 1:
+        raise CalibrationError(
+            f"{samples} samples of {sequence_length} tokens are no calibration data.",
+            next_step="Ask for at least one sample of at least one token.",
+        )
+    special, known = set(tokenizer.all_special_ids), model.get_input_embeddings().num_embeddings
+    ordinary = sorted(t for t in tokenizer.get_vocab().values() if t not in special and t < known)
+    first = torch.tensor(ordinary)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = first[torch.randint(len(first), (samples, 1), generator=generator)]
+    written = [
+        _continued(model, t, sequence_length, generator) for t in tokens.split(_WRITTEN_AT_ONCE)
+    ]
+    return [
+        {
+            "input_ids": row.unsqueeze(0),
+            "attention_mask": torch.ones(1, len(row), dtype=torch.int64),
+        }
+        for row in torch.cat(written)
+    ]
+
+
+def calibration_for(
+    options: CalibrationOptions,
+    text: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    dense: Callable[[], PreTrainedModel],
+) -> list[dict[str, torch.Tensor]]:
+    """Makes the calibration data that a recipe asks for.
+
+    Args:
+        options: How many windows of which kind.
+        text: A UTF-8 file, or the text itself.
+        tokenizer: The tokenizer of the model.
+        dense: Gives the dense model; called only when it is to write windows.
+
+    Raises:
+        CalibrationError: As from `calibration_from_text` and `generate_calibration`.
+    """
+    length, seed = options.sequence_length, options.seed
+    batches = calibration_from_text(
+        text, tokenizer, samples=options.samples, sequence_length=length, seed=seed
+    )
+    if not options.generated:
+        return batches
+    written = generate_calibration(
+        dense(), tokenizer, samples=options.generated, sequence_length=length, seed=seed
+    )
+    return mixed(batches, written)
+
+
+def _continued(
+    model: PreTrainedModel, tokens: torch.Tensor, length: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Draws token after token until each row has `length` of them."""
+    columns, cache = [tokens], None
+    with torch.inference_mode():
+        while len(columns) < length:
+            found = model(input_ids=columns[-1], past_key_values=cache, use_cache=True)
+            cache = getattr(found, "past_key_values", None)
+            if cache is None:
+                raise CalibrationError(
+                    "The model keeps no cache, so it cannot write calibration windows.",
+                    where=type(model).__name__,
+                    next_step="Take windows of a text only: leave `generated` out.",
+                )
+            shares = torch.softmax(found.logits[:, -1].float(), -1)
+            if not torch.isfinite(shares).all():
+                raise CalibrationError(
+                    "The logits of the model are not finite.", where=type(model).__name__
+                )
+            columns.append(torch.multinomial(shares, 1, generator=generator))
+    return torch.cat(columns, 1).clone()
+
+
+def mixed(
+    batches: Sequence[dict[str, torch.Tensor]], others: Sequence[dict[str, torch.Tensor]]
+) -> list[dict[str, torch.Tensor]]:
+    """Spreads two lists of batches evenly over one, so that any part of it has its share of both."""
+    places = [
+        ((i + 0.5) / len(part), part[i]) for part in (batches, others) for i in range(len(part))
+    ]
+    return [batch for _, batch in sorted(places, key=lambda place: place[0])]
 
 
 def _check_tokens(

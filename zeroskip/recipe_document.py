@@ -23,12 +23,14 @@ class CalibrationOptions:
         sequence_length: Tokens in each.
         seed: Chooses the windows.
         text: A UTF-8 file, relative to the recipe file. `--calibration` takes its place.
+        generated: Windows of the same length besides those, written by the dense model itself.
     """
 
     samples: Annotated[int, Field(ge=1)] = 32
     sequence_length: Annotated[int, Field(ge=1)] = 512
     seed: Annotated[int, Field(ge=0)] = 0
     text: str | None = None
+    generated: Annotated[int, Field(ge=0)] = 0
 
 
 @dataclass(frozen=True)

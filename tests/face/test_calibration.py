@@ -8,10 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from zeroskip.calibration import calibration_from_text
+from zeroskip.calibration import (
+    calibration_for,
+    calibration_from_text,
+    generate_calibration,
+    mixed,
+)
 from zeroskip.ir.errors import CalibrationError
+from zeroskip.recipe_document import CalibrationOptions
 
 # No two windows of it are alike, so a window tells where it begins.
 TEXT = "".join(random.Random(0).choices(string.ascii_letters, k=1000))
@@ -135,3 +141,94 @@ def test_nothing_asked_for(
 ) -> None:
     with pytest.raises(CalibrationError, match="no calibration data"):
         calibration_from_text(TEXT, tokenizer, samples=samples, sequence_length=sequence_length)
+
+
+def test_a_model_writes_what_it_expects(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """A model that is sure of token 7 after every token writes nothing else."""
+    with torch.no_grad():
+        model.model.norm.weight.fill_(1.0)
+        model.lm_head.weight.zero_()
+        model.model.embed_tokens.weight.fill_(1.0)
+        model.lm_head.weight[7] = 100.0
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    batches = generate_calibration(model, tokenizer, samples=3, sequence_length=5)
+    assert len(batches) == 3
+    for batch in batches:
+        assert batch["input_ids"].shape == batch["attention_mask"].shape == (1, 5)
+        assert bool((batch["input_ids"][0, 1:] == 7).all())
+    assert len({int(batch["input_ids"][0, 0]) for batch in batches}) > 1
+
+
+def test_windows_follow_the_model_token_by_token(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """With a cache or without, the same seed draws the same tokens."""
+    batches = generate_calibration(model, tokenizer, samples=4, sequence_length=12, seed=3)
+    written = torch.cat([batch["input_ids"] for batch in batches])
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(256, (4, 1), generator=generator)
+    with torch.no_grad():
+        while tokens.shape[1] < 12:
+            shares = model(input_ids=tokens).logits[:, -1].softmax(-1)
+            tokens = torch.cat([tokens, torch.multinomial(shares, 1, generator=generator)], 1)
+    assert torch.equal(written, tokens)
+    again = generate_calibration(model, tokenizer, samples=4, sequence_length=12, seed=4)
+    assert not torch.equal(written, torch.cat([batch["input_ids"] for batch in again]))
+
+
+def test_special_tokens_begin_no_window(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    special = [tokenizer.convert_ids_to_tokens(i) for i in range(250)]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, additional_special_tokens=special
+    )
+    batches = generate_calibration(model, tokenizer, samples=40, sequence_length=1)
+    assert {int(batch["input_ids"]) for batch in batches} <= set(range(250, 256))
+
+
+def test_a_model_that_cannot_write(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(CalibrationError, match="no calibration data"):
+        generate_calibration(model, tokenizer, samples=0)
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    with pytest.raises(CalibrationError, match="not finite"):
+        generate_calibration(model, tokenizer, samples=2, sequence_length=3)
+
+    class WithoutCache(LlamaForCausalLM):
+        def forward(self, **inputs: object) -> object:  # type: ignore[override]
+            return super().forward(**{**inputs, "use_cache": False})  # type: ignore[arg-type]
+
+    with pytest.raises(CalibrationError, match="no cache"):
+        generate_calibration(WithoutCache(model.config), tokenizer, samples=2, sequence_length=3)
+
+
+def test_mixing_spreads_evenly() -> None:
+    def numbered(first: int, count: int) -> list[dict[str, torch.Tensor]]:
+        return [{"input_ids": torch.tensor([[first + i]])} for i in range(count)]
+
+    found = mixed(numbered(0, 6), numbered(100, 3))
+    assert [int(batch["input_ids"]) for batch in found] == [0, 100, 1, 2, 101, 3, 4, 102, 5]
+    assert [int(batch["input_ids"]) for batch in mixed(numbered(0, 2), [])] == [0, 1]
+
+
+def test_a_recipe_asks_for_both(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    options = CalibrationOptions(samples=4, sequence_length=10, seed=2, generated=2)
+    found = calibration_for(options, TEXT, tokenizer, lambda: model)
+    text = calibration_from_text(TEXT, tokenizer, samples=4, sequence_length=10, seed=2)
+    written = generate_calibration(model, tokenizer, samples=2, sequence_length=10, seed=2)
+    assert str(found) == str(mixed(text, written))
+
+    def missing() -> LlamaForCausalLM:
+        raise AssertionError("nothing is to be written")
+
+    options = CalibrationOptions(samples=4, sequence_length=10, seed=2)
+    assert str(calibration_for(options, TEXT, tokenizer, missing)) == str(text)
