@@ -42,17 +42,18 @@ def compile_command(
     """Compile MODEL by a recipe into a folder.
 
     OUT appears only when everything succeeded. It holds checkpoint/ (an ordinary Hugging Face
-    directory), recipe.yaml (what ran, every option spelled out), report.json, and what the export
-    passes wrote: their relative directories lie under OUT. After a recipe that ends in train-elastic it
+    directory), recipe.yaml (what ran, every option spelled out), report.json, report.html,
+    manifest.json (for `zeroskip verify`), and what the export passes wrote: their relative directories lie under OUT. After a recipe that ends in train-elastic it
     holds elastic.json and elastic.safetensors too, for `zeroskip materialize`. --samples, --sequence-length, --seed and
     --memory override the recipe.
     """
     with ExitStack() as stack:
         with refusing_inputs():
             from zeroskip.ir.folders import new_folder
+            from zeroskip.manifest_inputs import inputs_of, name_of, way_back
             from zeroskip.models import load_tokenizer, open_source
-            from zeroskip.progress import without_loading_bars
             from zeroskip.presets import find_recipe
+            from zeroskip.progress import without_loading_bars
             from zeroskip.recipe import dump_recipe
             from zeroskip.relocation import relocated, under
 
@@ -61,10 +62,13 @@ def compile_command(
             tokenizer = load_tokenizer(model)
             batches = _calibration(calibration, tokenizer, plan) if calibration else None
             source = open_source(model)
+            inputs = inputs_of(model, recipe, calibration, plan)
             folder = stack.enter_context(new_folder(out))
         from zeroskip.compile import compile_sparse
         from zeroskip.elastic import write_if_elastic
+        from zeroskip.manifest import write_manifest
         from zeroskip.passes import DumpPrograms
+        from zeroskip.report_page import write_report_page
 
         compiled = compile_sparse(
             source,
@@ -81,11 +85,21 @@ def compile_command(
         report = relocated(compiled.report.to_json(), folder, out.absolute())
         text = json.dumps(report, indent=2, ensure_ascii=False)
         (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+        write_report_page(folder, report, model=model.resolve().name)
+        manifest = write_manifest(
+            folder,
+            compiled.program,
+            report,
+            inputs=inputs,
+            inputs_from=way_back(out),
+            recipe=name_of(Path(recipe)),
+            seed=plan.calibration.seed,
+        )
         shown = relocated(str(compiled.report), folder, out)
     if as_json:
         typer.echo(text)
     elif not quiet:
-        typer.echo(f"{shown}\n{out}")
+        typer.echo(f"{shown}\n{out}\ncontent_sha256 {manifest['content_sha256']}")
 
 
 def _overridden(

@@ -43,6 +43,12 @@ def join(children: Iterable[object]) -> Markup:
     )
 
 
+def prose(text: str) -> Markup:
+    """Returns a text; what stands in it between backticks is code."""
+    parts = text.split("`")
+    return join(tag("code", part) if i % 2 else part for i, part in enumerate(parts))
+
+
 def table(
     head: Sequence[object],
     rows: Iterable[Sequence[object]],

@@ -19,7 +19,7 @@ from zeroskip.report_layers import (
     linears_section,
     weights_section,
 )
-from zeroskip.report_markup import Markup, tag
+from zeroskip.report_markup import Markup, prose, tag
 from zeroskip.report_plots import short
 from zeroskip.report_run import curve_section, gates_section, passes_section, recipe_section
 from zeroskip.report_speed import size_section, speed_section, speed_verdict, weight_bytes
@@ -145,7 +145,7 @@ def tiles(items: Sequence[tuple[str, str, str]]) -> Markup:
                 "li",
                 tag("span", name, class_="name"),
                 tag("span", value, class_="value"),
-                tag("span", more, class_="more") if more else None,
+                tag("span", prose(more), class_="more") if more else None,
             )
             for name, value, more in items
         ),
@@ -162,14 +162,15 @@ def _header(
     linears = report["linears"]
     pruned = [each for each in linears if each["pattern"] != "dense"]
     patterns = list(dict.fromkeys(each["pattern"] for each in pruned))
-    what = "nothing was pruned"
-    if patterns:
-        what = patterns[0] if len(patterns) == 1 else f"{len(patterns)} patterns"
-        what = f"pruned to {what}"
+    what = "nothing pruned"
+    if pruned:
+        what = f"density {report['density']:.1%}"
+    if 0 < len(patterns) <= 3:
+        what = f"pruned to {' and '.join(_pattern(each) for each in patterns)}"
     names = [p["name"] for p in report["passes"]]
     class_, speed, sentence = speed_verdict(linears)
     items = [
-        ("Density of pruned linears", f"{report['density']:.1%}", f"{len(pruned)} of {len(linears)} linears"),
+        ("Density", f"{report['density']:.1%}", f"of the {len(pruned)} pruned linears; {len(linears)} in all"),
         ("Output drift", short(report["drift"]), "on the example inputs, not a measure of quality"),
     ]  # fmt: skip
     found = weight_bytes(linears)
@@ -177,7 +178,9 @@ def _header(
         share = f"{found[1] / max(found[0], 1):.0%}"
         items.append(("Linears, packed", share, f"{size(found[0])} dense, {size(found[1])} packed"))
     items.append(_perplexity(gates))
-    items.append(("Speed", speed, "by linear and target, below"))
+    items.append(
+        ("Speed", speed, "linears run sparse" if " of " in speed else "by linear and target, below")
+    )
     if gates:
         failed = sum(not gate.get("passed") for gate in gates)
         items.append(
@@ -201,9 +204,18 @@ def _header(
         tag("h1", f"{model or 'A model'}, {what}"),
         tag("p", f"{' → '.join(names)}, in {report['seconds']:.1f} s.", class_="note mono"),
         tiles(items),
-        tag("div", tag("p", sentence), class_=f"verdict {class_}".strip()),
+        tag("div", tag("p", prose(sentence)), class_=f"verdict {class_}".strip()),
         tag("nav", *(tag("a", name, href=f"#{at}") for at, name, there in links if there)),
     )
+
+
+def _pattern(text: str) -> str:
+    """A pattern for a headline: a share of weights as a percentage."""
+    share, _, rest = text.partition(" ")
+    try:
+        return f"{100 * float(share):.4g} % zeros{f' by {rest}' if rest else ''}"
+    except ValueError:
+        return text
 
 
 def _perplexity(gates: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:

@@ -19,7 +19,7 @@ def line_panel(series: Series, others: Sequence[Series], top: float, title: str)
         top: The value at the upper edge, the same for all panels.
         title: For readers that do not see it, and on hovering.
     """
-    width, height, left, right, under = 240.0, 96.0, 34.0, 6.0, 16.0
+    width, height, left, right, under = 240.0, 112.0, 34.0, 6.0, 16.0
     layers = sorted({layer for each in (series, *others) for layer in each})
     first, last = layers[0], layers[-1]
 
@@ -112,7 +112,7 @@ def heat_map(
             share = (series[k] - low) / (high - low) if high > low else 0.5
             where = labels[k] if labels else f"{column} {k}"
             words = tag("title", f"{name}, {where}: {shown(series[k])}")
-            opacity = _n(0.06 + 0.94 * min(max(share, 0.0), 1.0))
+            opacity = f"{0.06 + 0.94 * min(max(share, 0.0), 1.0):.2f}"
             cells.append(tag("rect", words, class_="cell", fill_opacity=opacity, **at))
     under = len(rows) * height + 13
     step = 1 if labels else max(1, math.ceil(len(columns) * 22 / (size * len(columns))))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from zeroskip.report_markup import Markup, folded, table, tag
+from zeroskip.report_markup import Markup, folded, prose, table, tag
 from zeroskip.report_plots import curve_plot, short
 
 PACKAGES = ("zeroskip", "torch", "transformers", "onnx", "onnxruntime", "safetensors")
@@ -61,7 +61,7 @@ def curve_section(curve: Mapping[str, Any] | None) -> Markup | None:
             "density",
             "perplexity",
         )
-        plot = tag("figure", drawn, class_="panel wide")
+        plot = tag("figure", drawn, class_="panel wide chart")
     words = (
         "What the sparsities of this elastic artefact are worth, as `zeroskip curve` measured them."
         if known
@@ -70,7 +70,7 @@ def curve_section(curve: Mapping[str, Any] | None) -> Markup | None:
     return tag(
         "section",
         tag("h2", "Perplexity against density"),
-        tag("p", words),
+        tag("p", prose(words)),
         plot,
         table(head, rows, numeric=range(5), caption="The curve"),
         id="curve",

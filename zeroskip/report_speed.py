@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from zeroskip.linear_table import common_name, size, without_numbers
-from zeroskip.report_markup import Markup, join, table, tag
+from zeroskip.report_markup import Markup, join, prose, table, tag
 from zeroskip.report_plots import range_bar
 
 Linears = Sequence[Mapping[str, Any]]
 BITS_OF_WORD = 64
+_DECIMAL = re.compile(r"\d+\.\d+")
 
 
 def speed_verdict(linears: Linears) -> tuple[str, str, str]:
@@ -49,7 +51,7 @@ def speed_verdict(linears: Linears) -> tuple[str, str, str]:
     words = ", ".join(how.get(source, source) for source in sorted(sources))
     return (
         "good" if speeds else "",
-        f"{len(sparse)} of {len(judged)} sparse",
+        f"{len(sparse)} of {len(judged)}",
         (
             f"{len(sparse)} of {len(judged)} linears run sparse{span} ({words}). The others run dense, "
             "because that is faster or nothing is known. These are speeds of single linears: "
@@ -60,8 +62,13 @@ def speed_verdict(linears: Linears) -> tuple[str, str, str]:
 
 def speed_section(linears: Linears) -> Markup:
     """Speed-ups by target and number of tokens, and the reason for each linear that stays dense."""
-    class_, _, sentence = speed_verdict(linears)
     judged = [each for each in linears if each.get("verdict")]
+    words = (
+        "How many times as fast as its dense form each linear is, by the number of tokens it is given "
+        "at once; like linears of all layers share a line, from the slowest to the fastest of them."
+        if judged
+        else speed_verdict(linears)[2]
+    )
     parts: list[Markup] = []
     rivals = dict.fromkeys(
         (each["verdict"]["rival"], each["verdict"]["threads"]) for each in judged
@@ -76,7 +83,7 @@ def speed_section(linears: Linears) -> Markup:
     return tag(
         "section",
         tag("h2", "Speed"),
-        tag("div", tag("p", sentence), class_=f"verdict {class_}".strip()),
+        tag("p", prose(words)),
         *parts,
         _dense_table(linears),
         id="speed",
@@ -113,7 +120,13 @@ def _target(linears: Linears, rival: str, threads: int) -> Markup:
             )
     head = ("linears", "count", "tokens", "speed, dashed: dense", "", "runs")
     caption = f"Speed of linears against dense in {rival}"
-    return join([heading, table(head, rows, numeric=(1, 2, 4), caption=caption)])
+    key = tag(
+        "div",
+        tag("span", tag("b", "●", class_="k-fast"), " all at least as fast as dense"),
+        tag("span", tag("b", "●", class_="k-slow"), " some slower than dense"),
+        class_="key",
+    )
+    return join([heading, table(head, rows, numeric=(1, 2, 4), caption=caption), key])
 
 
 def _chosen(group: Linears) -> Markup:
@@ -123,8 +136,8 @@ def _chosen(group: Linears) -> Markup:
 
 
 def _dense_table(linears: Linears) -> Markup | None:
-    """Every pruned linear that runs dense, and every one that was not pruned, with the reason."""
-    reasons: dict[tuple[object, ...], list[Mapping[str, Any]]] = {}
+    """Every linear that runs dense and the reason; what differs in numbers alone shares a line."""
+    alike: dict[tuple[object, ...], list[tuple[Mapping[str, Any], str]]] = {}
     for each in linears:
         verdict = each.get("verdict")
         if verdict and verdict["choice"] == "sparse":
@@ -134,22 +147,34 @@ def _dense_table(linears: Linears) -> Markup | None:
         reason = verdict["reason"] if verdict else each["note"]
         if not reason and each["pattern"] != "dense":
             reason = "no pass of the recipe lowers it"
-        key = (without_numbers(each["name"]), tuple(each["shape"]), reason)
-        reasons.setdefault(key, []).append(each)
-    if not reasons:
+        kind = (without_numbers(each["name"]), tuple(each["shape"]), _DECIMAL.sub("#", reason))
+        alike.setdefault(kind, []).append((each, reason))
+    if not alike:
         return None
     rows = [
         (
-            tag("span", common_name([each["name"] for each in group]), class_="mono"),
+            tag("span", common_name([each["name"] for each, _ in group]), class_="mono"),
             len(group),
-            f"{group[0]['shape'][0]} x {group[0]['shape'][1]}",
-            group[0]["pattern"],
-            str(key[2]),
+            f"{group[0][0]['shape'][0]} x {group[0][0]['shape'][1]}",
+            _span([each["density"] for each, _ in group]),
+            _common_reason([reason for _, reason in group]),
         )
-        for key, group in list(reasons.items())[:400]
+        for group in list(alike.values())[:400]
     ]
-    head = ("linears that run dense", "count", "out x in", "pattern", "because")
+    head = ("linears that run dense", "count", "out x in", "density", "because")
     return table(head, rows, numeric=(1,), caption="Linears that run dense, and why")
+
+
+def _span(numbers: Sequence[float]) -> str:
+    low, high = f"{min(numbers):.2f}", f"{max(numbers):.2f}"
+    return low if low == high else f"{low}-{high}"
+
+
+def _common_reason(reasons: Sequence[str]) -> str:
+    """One reason for many: numbers with a decimal point become a range."""
+    columns = zip(*(_DECIMAL.findall(reason) for reason in reasons), strict=True)
+    spans = [_span([float(number) for number in column]) for column in columns]
+    return _DECIMAL.sub(lambda _: spans.pop(0), reasons[0])
 
 
 def _alike(linears: Any) -> list[list[Mapping[str, Any]]]:

@@ -34,8 +34,8 @@ h2 { font-size: 22px; letter-spacing: -.01em; margin: 56px 0 4px; font-weight: 6
 h3 { font-size: 15px; margin: 0; font-weight: 600; overflow-wrap: anywhere; }
 p { margin: 8px 0; max-width: 72ch; }
 .lead { font-size: 18px; max-width: 66ch; }
-.note, figcaption, caption { color: var(--muted); font-size: 14px; }
-caption { text-align: left; padding: 0 0 8px; }
+.note, figcaption { color: var(--muted); font-size: 14px; }
+caption { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 nav { margin: 20px 0 0; display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 14px; }
 a { color: var(--accent); text-underline-offset: 3px; text-decoration-thickness: 1px; }
 code, pre, .mono { font-family: ui-monospace, "SF Mono", "Cascadia Code", Menlo, Consolas,
@@ -60,6 +60,8 @@ pre { background: var(--shade); border-radius: 8px; padding: 16px; overflow: aut
 .panel.wide { padding: 16px 18px; margin: 16px 0; overflow-x: auto; }
 .panel .figure { float: right; color: var(--muted); font-size: 13px; font-variant-numeric: tabular-nums; }
 figure { margin: 0; }
+.chart { max-width: 760px; }
+section > h3 { margin: 24px 0 0; }
 svg { display: block; width: 100%; height: auto; overflow: visible; }
 svg text { font: 11px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif;
   fill: var(--muted); font-variant-numeric: tabular-nums; }
@@ -79,10 +81,11 @@ svg .strong { fill: var(--ink); }
 .key i { display: inline-block; width: 18px; height: 10px; margin-right: 6px; border-radius: 2px; }
 .key .k-fill { background: var(--accent); opacity: .75; }
 .key .k-line { height: 0; border-top: 2px solid var(--second); vertical-align: middle; }
+.key .k-fast { color: var(--accent); } .key .k-slow { color: var(--second); }
 .key .k-ghost { height: 0; border-top: 2px solid var(--ghost); vertical-align: middle; }
 .key .k-scale { width: 110px; background: linear-gradient(90deg, color-mix(in srgb, var(--accent) 6%, transparent),
   var(--accent)); }
-.scroll { overflow-x: auto; margin: 14px 0; }
+.scroll { overflow-x: auto; margin: 14px 0; position: relative; }
 table { border-collapse: collapse; font-size: 14px; width: 100%; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; color: var(--muted); font-size: 13px; vertical-align: bottom; }
 th, td { padding: 7px 14px 7px 0; border-bottom: 1px solid var(--rule); }
