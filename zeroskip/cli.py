@@ -1,8 +1,8 @@
 """The command `zeroskip`.
 
-Exit codes: 0 done; 2 the command line or an input file cannot be used, and nothing was computed;
-1 a compilation or an evaluation stopped. Problems go to stderr: what is wrong, where, in which
-pass, and the next step to take; results go to stdout.
+Problems go to stderr: what is wrong, where, in which pass, and the next step to take; results go to
+stdout. With --json, stdout holds one document and nothing else, also when something is wrong. Exit
+codes are in `zeroskip.exits`.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
+from zeroskip.command_line import CommandLine, Json
 from zeroskip.compile_command import compile_command
 from zeroskip.elastic_commands import curve_command, materialize_command
-from zeroskip.exits import EXIT_CODES, REFUSED, STOPPED, fail, refusing_inputs
+from zeroskip.exits import EXIT_CODES, REFUSED, STOPPED, fail, manner, refusing_inputs
 from zeroskip.ir.errors import CompileError
 from zeroskip.verify_command import verify_command
 
 # Everything that imports torch is imported inside the commands: `zeroskip --help` is instant.
 
-app = typer.Typer(
+app = CommandLine(
     name="zeroskip",
     help="A compiler for post-training sparsity.",
     epilog=EXIT_CODES,
@@ -33,19 +34,15 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Text = Annotated[Path, typer.Option("--text", help="The text to score: a UTF-8 file.")]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line; always ends in SystemExit."""
-    try:
-        app(args=list(arguments) if arguments is not None else None)
-    except CompileError as error:
-        fail(error, STOPPED)
+    app.run(sys.argv[1:] if arguments is None else arguments)
 
 
-@app.command("export", epilog=EXIT_CODES)
+@app.command("export")
 def export_command(
     source: Annotated[
         Path, typer.Argument(help="A folder with model.onnx, a Hugging Face directory, or a GGUF.")
@@ -54,6 +51,7 @@ def export_command(
     dense: Annotated[
         bool, typer.Option("--dense", help="Unpack the weights: for runtimes without the kernels.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Write SOURCE as an ONNX folder.
 
@@ -69,17 +67,24 @@ def export_command(
             )
             fail(problem, REFUSED)
         count = export_dense(source, out)
-        typer.echo(f"{count} packed linears are dense in {out}")
+        _exported(out, f"{count} packed linears are dense in {out}", as_json, unpacked=count)
         return
     with refusing_inputs():
         from zeroskip.ir.folders import check_target
 
         check_target(out)
     export_checkpoint(source, out)
-    typer.echo(str(out))
+    _exported(out, str(out), as_json)
 
 
-@app.command("eval", epilog=EXIT_CODES)
+def _exported(out: Path, text: str, as_json: bool, **more: int) -> None:
+    if as_json:
+        typer.echo(json.dumps({"directory": str(out), **more}, indent=2))
+    elif not manner().quiet:
+        typer.echo(text)
+
+
+@app.command("eval")
 def eval_command(
     target: Annotated[
         Path, typer.Argument(help="A folder with model.onnx, a Hugging Face directory, or a GGUF.")
@@ -108,12 +113,12 @@ def eval_command(
         tokens,
         sequence_length=sequence_length,
         stride=stride,
-        progress=not as_json and sys.stderr.isatty(),
+        progress=manner().shows_progress,
     )
     typer.echo(json.dumps(asdict(result), indent=2) if as_json else str(result))
 
 
-@app.command("inspect", epilog=EXIT_CODES)
+@app.command("inspect")
 def inspect_command(
     model: Annotated[Path, typer.Argument(help="A Hugging Face directory or a GGUF file.")],
     scales: Annotated[
@@ -144,7 +149,7 @@ def inspect_command(
     typer.echo(json.dumps(scales_json(found), indent=2) if as_json else scales_table(found))
 
 
-@app.command("passes", epilog=EXIT_CODES)
+@app.command("passes")
 def passes_command(as_json: Json = False) -> None:
     """List the passes that a recipe can name, and their options."""
     from zeroskip.pass_list import describe_passes, pass_table
@@ -169,17 +174,18 @@ def doctor_command(as_json: Json = False) -> None:
     from zeroskip.doctor import examine, findings_table
 
     found = examine()
-    if as_json:
-        typer.echo(json.dumps(asdict(found), indent=2))
-    else:
+    if not as_json:
         from rich.console import Console
 
         Console().print(findings_table(found))
     if found.problem:
-        fail(CompileError(found.problem, next_step=found.next_step), STOPPED)
+        problem = CompileError(found.problem, next_step=found.next_step)
+        fail(problem, STOPPED, asdict(found))
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=2))
 
 
-@app.command("tune", epilog=EXIT_CODES)
+@app.command("tune")
 def tune_command(
     directory: Annotated[Path, typer.Argument(help="A folder with model.onnx.")],
     m: Annotated[str, typer.Option(help="Rows (batch x tokens) that matter.")] = "1,16,128",
@@ -216,7 +222,7 @@ def tune_command(
     from zeroskip.runtime.machine import available_cores
     from zeroskip.runtime.onnx.tune import tune_folder
 
-    with progress_bar(not as_json and sys.stderr.isatty()) as progress:
+    with progress_bar(manner().shows_progress) as progress:
         tuned = tune_folder(
             directory,
             m_values=m_values,
@@ -232,7 +238,7 @@ def tune_command(
     typer.echo(totals(tuned, dry_run=dry_run))
 
 
-app.command("compile", epilog=EXIT_CODES)(compile_command)
-app.command("materialize", epilog=EXIT_CODES)(materialize_command)
-app.command("curve", epilog=EXIT_CODES)(curve_command)
-app.command("verify", epilog=EXIT_CODES)(verify_command)
+app.command("compile")(compile_command)
+app.command("materialize")(materialize_command)
+app.command("curve")(curve_command)
+app.command("verify")(verify_command)

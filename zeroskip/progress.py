@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from zeroskip.exits import manner
 from zeroskip.ir.program import Program
 from zeroskip.passes import Instrument, Pass, PassResult
 
@@ -47,8 +48,11 @@ class ProgressBar(Instrument):
 
 @contextmanager
 def without_loading_bars(hidden: bool = True) -> Iterator[None]:
-    """Hides the progress bars with which transformers loads models, within; not if `hidden` is False."""
-    if not hidden:
+    """Hides the progress bars with which transformers loads models, within.
+
+    They stay where `hidden` is False and the command is not to be quiet.
+    """
+    if not (hidden or manner().quiet):
         yield
         return
     from transformers.utils import logging
