@@ -14,13 +14,7 @@ from zeroskip.passes.induce_sparsity import InduceSparsity
 from zeroskip.passes.lower_masked import LowerMasked
 from zeroskip.passes.lower_semi_structured import LowerSemiStructured
 from zeroskip.passes.lower_sparse_linear import LowerSparseLinear
-from zeroskip.passes.manager import (
-    DumpPrograms,
-    Instrument,
-    PassManager,
-    PassRecord,
-    PipelineResult,
-)
+from zeroskip.passes.manager import PassManager, PipelineResult
 from zeroskip.passes.materialize_elastic import MaterializeElastic
 from zeroskip.passes.observe import Observe
 from zeroskip.passes.pattern_pass import PatternPass
@@ -35,6 +29,7 @@ from zeroskip.passes.prune_z import PruneZ
 from zeroskip.passes.pruner import Pruner
 from zeroskip.passes.quantize_values import QuantizeValues
 from zeroskip.passes.reconstruct_blocks import ReconstructBlocks
+from zeroskip.passes.record_passes import DumpPrograms, Instrument, PassRecord
 from zeroskip.passes.refine_dsnot import RefineDSnoT
 from zeroskip.passes.shift_to_bias import ShiftToBias
 from zeroskip.passes.steer_scores import SteerScores

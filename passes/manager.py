@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from zeroskip.ir.errors import RequirementError
@@ -15,76 +14,14 @@ from zeroskip.ir.facts import Fact
 from zeroskip.ir.linears import find_linears
 from zeroskip.ir.memory import return_freed_memory
 from zeroskip.ir.partition import Stage, find_stages
-from zeroskip.ir.printer import print_program
 from zeroskip.ir.program import Batch, Program
+from zeroskip.ir.stage_files import StageFiles
 from zeroskip.ir.stages import Restricted, extract_stage, merge_facts, stitch_stages
 from zeroskip.ir.streams import Stream, parse_bytes
 from zeroskip.ir.verify import verify
 from zeroskip.passes.base import Pass, PassResult, bare, graph_text, prove_equivalent
-
-
-class Instrument:
-    """Watches a compilation; every method may be overridden, none has to be."""
-
-    def begin(self, steps: int) -> None:
-        """Called once a list of passes is known to be sound, with the number of steps to come."""
-
-    def before_pass(self, step: Pass, program: Program, part: str) -> None:
-        """Called before a pass runs on the program, or on one stage of it."""
-
-    def after_pass(self, step: Pass, result: PassResult, part: str) -> None:
-        """Called after a pass has run and its contract was proven."""
-
-    def end(self) -> None:
-        """Called when the last pass is done, or one has failed."""
-
-
-@dataclass(frozen=True)
-class DumpPrograms(Instrument):
-    """Writes the program before and after every pass as text files, numbered in order."""
-
-    folder: Path
-
-    def before_pass(self, step: Pass, program: Program, part: str) -> None:
-        self._write(f"{step.name}-before", program, part)
-
-    def after_pass(self, step: Pass, result: PassResult, part: str) -> None:
-        self._write(f"{step.name}-after", result.program, part)
-
-    def _write(self, label: str, program: Program, part: str) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        number = len(list(self.folder.glob("*.txt")))
-        place = part.replace(" ", "-")
-        (self.folder / f"{number:04d}-{place}-{label}.txt").write_text(print_program(program))
-
-
-@dataclass
-class PassRecord:
-    """What one pass of the list did, over all stages.
-
-    Args:
-        name: The pass.
-        options: Its fields.
-        stages: On how many parts of the program it ran.
-        seconds: Time in the pass itself.
-        modified: Whether it changed anything.
-        drift: Largest drift over the parts; None when no number changed.
-    """
-
-    name: str
-    options: dict[str, Any]
-    stages: int = 0
-    seconds: float = 0.0
-    modified: bool = False
-    drift: float | None = None
-
-    def add(self, result: PassResult) -> None:
-        """Adds the result on one part."""
-        self.stages += 1
-        self.seconds += result.seconds
-        self.modified |= result.modified
-        if result.drift is not None:
-            self.drift = max(self.drift or 0.0, result.drift)
+from zeroskip.passes.record_passes import Instrument, PassNote, PassRecord
+from zeroskip.passes.resume_stages import Journal
 
 
 @dataclass(frozen=True)
@@ -95,7 +32,8 @@ class PipelineResult:
         program: The result.
         records: In the order of the list.
         stages: The parts that block-scoped passes ran on.
-        seconds: Time for the whole list, calibration and checks included.
+        seconds: Time for the whole list, calibration and checks included; of this run, where an
+            earlier one had finished a part.
     """
 
     program: Program
@@ -116,11 +54,14 @@ class PassManager:
         passes: What to run; the order is the caller's and is never changed.
         memory: Budget for activations held in memory; beyond it they are on disk.
         instruments: Watchers: progress, dumps.
+        files: Where finished stages are kept, and found again by the next run of the same list on
+            the same program; None keeps none. The result reads weights from there.
     """
 
     passes: Sequence[Pass]
     memory: str | int = "4GiB"
     instruments: Sequence[Instrument] = field(default=())
+    files: StageFiles | None = None
 
     def __call__(self, program: Program) -> PipelineResult:
         """Compiles a program.
@@ -136,9 +77,12 @@ class PassManager:
             if text := step.warning(self.passes[number + 1 :]):
                 warnings.warn(text, stacklevel=2)
         verify(program)
+        if self.files is not None:
+            self.files.prepare()
         records = [PassRecord(p.name, _options(p)) for p in self.passes]
         started = time.perf_counter()
         stage_names: list[str] = []
+        journal = Journal(self.files, self.passes, records, self.instruments)
         runs = _runs_of_scope(self.passes)
         stages = find_stages(program) if any(block for block, _ in runs) else []
         for instrument in self.instruments:
@@ -148,44 +92,61 @@ class PassManager:
             for is_block, numbers in runs:
                 stages = find_stages(program) if is_block else []
                 if len(stages) > 1:
-                    program = self._run_stages(program, stages, numbers, records)
+                    program = self._run_stages(program, stages, numbers, journal)
                     stage_names = [", ".join(stage.modules) or stage.name for stage in stages]
                 else:
                     for number in numbers:
-                        program = self._run(program, number, records, "program")
+                        program = self._run_whole(program, number, journal)
         finally:
             for instrument in self.instruments:
                 instrument.end()
         return PipelineResult(program, records, stage_names, time.perf_counter() - started)
 
-    def _run(self, program: Program, number: int, records: list[PassRecord], part: str) -> Program:
+    def _run(self, program: Program, number: int, part: str) -> PassResult:
         step = self.passes[number]
         for instrument in self.instruments:
             instrument.before_pass(step, program, part)
         result = step(program)
-        records[number].add(result)
         for instrument in self.instruments:
             instrument.after_pass(step, result, part)
-        return result.program
+        return result
+
+    def _run_whole(self, program: Program, number: int, journal: Journal) -> Program:
+        journal.enter([number], program, ["program"])
+        if journal.count_finished():
+            return journal.read(0, program)
+        result = self._run(program, number, "program")
+        if not result.modified:
+            # There is nothing to keep, and what it is there for (an export) may be outside.
+            journal.note([PassNote.of(result)])
+            return result.program
+        return journal.write(0, program, result.program, [PassNote.of(result)])
 
     def _run_stages(
         self,
         program: Program,
         stages: list[Stage],
         numbers: list[int],
-        records: list[PassRecord],
+        journal: Journal,
     ) -> Program:
         """Runs block-scoped passes stage by stage on propagated activations."""
         last = self._last_stage(program, stages, numbers)
+        journal.enter(numbers, program, [stage.name for stage in stages[: last + 1]])
+        finished = journal.count_finished()
         current = program
         parts: list[Program] = []
         rewired = False
-        batches = program.calibration or [program.example_inputs]
+        # Where every stage is finished, nobody needs activations.
+        batches = (program.calibration or [program.example_inputs]) if finished <= last else ()
         asked = any(self.passes[number].uses_dense_outputs for number in numbers)
-        two = asked and bool(program.calibration)
+        two = asked and bool(program.calibration) and bool(batches)
         unpruned = _unpruned(program)
         budget = parse_bytes(self.memory) // (2 if two else 1)
-        with Stream(batches, budget) as stream, Stream(batches if two else (), budget) as dense:
+        folder = None if self.files is None else self.files.folder
+        with (
+            Stream(batches, budget, folder) as stream,
+            Stream(batches if two else (), budget, folder) as dense,
+        ):
             for k, stage in enumerate(stages[: last + 1]):
                 part = extract_stage(current, stage, stream)
                 if not program.calibration:
@@ -198,14 +159,16 @@ class PassManager:
                         dense_inputs=Restricted(dense, part.inputs),
                     )
                 before = part
-                for number in numbers:
-                    part = self._run(part, number, records, stage.name)
+                if k < finished:
+                    part = journal.read(k, before)
+                else:
+                    part = self._run_stage(k, before, numbers, journal)
                 rewired |= graph_text(part) != graph_text(before)
                 # Only the graph is stitched in: the activations of a finished stage may go.
-                finished = dataclasses.replace(bare(part), facts=part.facts, example_inputs={})
-                parts.append(dataclasses.replace(finished, dense=None))
+                bared = dataclasses.replace(bare(part), facts=part.facts, example_inputs={})
+                parts.append(dataclasses.replace(bared, dense=None))
                 current = _commit(current, before, part)
-                if k < last:
+                if k < last and batches:
                     found = [self.passes[number].propagate(part) for number in numbers]
                     _propagate(part, stream, next((f for f in reversed(found) if f), None))
                     alive = {node.name for later in stages[k + 1 :] for node in later.inputs}
@@ -216,6 +179,16 @@ class PassManager:
             parts += [extract_stage(current, stage, ()) for stage in stages[last + 1 :]]
         ran = last + 1
         return self._assemble(program, current, parts if rewired else [], numbers, ran)
+
+    def _run_stage(
+        self, index: int, before: Program, numbers: list[int], journal: Journal
+    ) -> Program:
+        part, notes = before, []
+        for number in numbers:
+            result = self._run(part, number, journal.parts[index])
+            part = result.program
+            notes.append(PassNote.of(result))
+        return journal.write(index, before, part, notes)
 
     def _assemble(
         self,
