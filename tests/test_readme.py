@@ -83,9 +83,12 @@ def test_the_recipes_of_the_readme_can_be_read() -> None:
 
 
 def test_the_links_of_the_pages_lead_somewhere() -> None:
+    """Pages that are made with the site are there only then: tests/test_docs.py builds it."""
+    made = {"commands.md", "readme.md", "passes/index.md", *(f"passes/{n}.md" for n in PASSES)}
     for page in (README, *(ROOT / "docs").glob("*.md")):
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / link).exists(), f"{page.name}: {link}"
+            if page == README or link not in made:
+                assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 def test_the_guide_shows_the_code_of_the_example() -> None:
