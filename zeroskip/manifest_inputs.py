@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from zeroskip.ir.checkpoint import INDEX, SINGLE, read_index
 from zeroskip.ir.checkpoint_writer import COMPANIONS
 from zeroskip.ir.errors import ArtifactError
 from zeroskip.manifest_files import describe_file
+
+if TYPE_CHECKING:
+    from zeroskip.recipe import Recipe
 
 Role = Literal["model", "calibration", "recipe", "tokenizer", "gate"]
 
@@ -46,6 +49,37 @@ def read_inputs(role: Role, path: Path) -> list[InputFile]:
             where=str(path),
             next_step="check that it is there and that you may read it",
         ) from error
+
+
+def inputs_of(model: Path, recipe: str, calibration: Path | None, plan: Recipe) -> list[InputFile]:
+    """Hashes everything that a compilation reads.
+
+    Args:
+        model: A folder or a GGUF file.
+        recipe: A file, or the name of a preset, which is no file.
+        calibration: Takes the place of the recipe's own text.
+        plan: The recipe, read.
+
+    Raises:
+        ArtifactError: Something cannot be read.
+    """
+    gate = plan.gates.max_perplexity_increase
+    read: list[tuple[Role, Path | str | None]] = [
+        ("model", model),
+        ("recipe", recipe if Path(recipe).is_file() else None),
+        ("calibration", calibration or plan.calibration.text),
+        ("gate", gate.text if gate else None),
+        *(("tokenizer", getattr(step, "tokenizer", None)) for step in plan.passes),
+    ]
+    return [
+        found for role, path in read if path is not None for found in read_inputs(role, Path(path))
+    ]
+
+
+def way_back(out: Path) -> str | None:
+    """Returns the working directory as seen from a folder below it; None where it is not below."""
+    here, there = Path.cwd(), Path(os.path.abspath(out))
+    return Path(os.path.relpath(here, there)).as_posix() if there.is_relative_to(here) else None
 
 
 def name_of(path: Path) -> str:

@@ -52,3 +52,14 @@ def text_file(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text("".join(chr(97 + i * i % 26) for i in range(2000)), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """An artefact with packed weights in ONNX, its inputs beside it; not to be changed."""
+    from tests.face.artefacts import compile_in, write_inputs
+
+    folder = tmp_path_factory.mktemp("built")
+    write_inputs(folder, tokenizer)
+    assert compile_in(folder, "out") == 0
+    return folder / "out"

@@ -71,7 +71,9 @@ def test_compile_writes_the_whole_folder(
     code, stdout, stderr = run(capsys, "compile", checkpoint, "--recipe", recipe, "--out", out)
     assert code == 0, stderr
     assert str(out) in stdout
-    assert {path.name for path in out.iterdir()} == {"checkpoint", "recipe.yaml", "report.json"}
+    assert {path.name for path in out.iterdir()} == {
+        "checkpoint", "manifest.json", "recipe.yaml", "report.html", "report.json",
+    }  # fmt: skip
     assert load_recipe(out / "recipe.yaml") == load_recipe(recipe)
     report = (out / "report.json").read_text(encoding="utf-8")
     assert json.loads(report)

@@ -260,7 +260,8 @@ def built(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_compile_writes_an_artefact(built: Path) -> None:
     assert {path.name for path in built.iterdir()} == {
-        "checkpoint", "elastic.json", "elastic.safetensors", "recipe.yaml", "report.json",
+        "checkpoint", "elastic.json", "elastic.safetensors", "manifest.json", "recipe.yaml",
+        "report.html", "report.json",
     }  # fmt: skip
     assert load_elastic(built).fact(Elastic).groups == (0.5, 0.7)
 
