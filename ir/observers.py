@@ -13,11 +13,13 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from zeroskip.ir import process_group
 from zeroskip.ir.dataflow import is_elementwise, is_movement
 from zeroskip.ir.errors import CalibrationError
 from zeroskip.ir.facts import EdgeStatistics, Statistics
 from zeroskip.ir.linears import Linear, LinearUse
-from zeroskip.ir.program import Program
+from zeroskip.ir.program import Batch, Program
+from zeroskip.ir.shared_streams import own_batches
 
 aten = torch.ops.aten
 
@@ -48,6 +50,7 @@ class Observer(torch.nn.Module):
         self.register_buffer("total_of_squares", torch.zeros(experts, width, dtype=torch.float64))
         self.register_buffer("abs_max", torch.zeros(experts, width))
         self.register_buffer("gram", torch.zeros(experts, width, width) if gram else None)
+        self._parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def forward(
         self,
@@ -94,6 +97,32 @@ class Observer(torch.nn.Module):
         if self.gram is not None:
             values = rows.float()
             self.gram[expert].addmm_(values.T, values)
+
+    def set_aside(self) -> None:
+        """Keeps the sums of the batch that was just observed apart from those that come."""
+        sums = (self.count, self.total, self.total_of_squares)
+        self._parts.append(tuple(value.clone() for value in sums))
+        for value in sums:
+            value.zero_()
+
+    def combine(self, batches: int) -> None:
+        """Adds up what was set aside in all processes, batch by batch as one process would.
+
+        The float64 sums come out equal to the last bit. Gram matrices are float32, and are added
+        process by process.
+
+        Args:
+            batches: Number of batches of all processes.
+        """
+        for index, value in enumerate((self.count, self.total, self.total_of_squares)):
+            parts = [part[index] for part in self._parts]
+            own = torch.stack(parts) if parts else value.new_zeros((0, *value.shape))
+            for row in process_group.gathered(own, batches):
+                value += row
+        self._parts = []
+        self.abs_max.copy_(process_group.largest(self.abs_max))
+        if self.gram is not None:
+            self.gram.copy_(process_group.summed(self.gram))
 
     def statistics(self, expert: int = 0) -> EdgeStatistics:
         """Returns what was seen, for one expert.
@@ -236,6 +265,18 @@ def _same_rows(node: fx.Node, rows: torch.Size) -> fx.Node | None:
         if isinstance(value, torch.Tensor) and _same(value.shape[:-1], rows):
             return source
     return None
+
+
+def run_observed(observed: Program, calibration: Sequence[Batch]) -> None:
+    """Runs calibration batches through a program with observers; processes share the batches."""
+    running = observed.loaded()
+    observers = [m for m in observed.graph_module.modules() if isinstance(m, Observer)]
+    for _, batch in own_batches(calibration):
+        running.run({name: batch[name] for name in observed.inputs})
+        for observer in observers if process_group.count() > 1 else ():
+            observer.set_aside()
+    for observer in observers if process_group.count() > 1 else ():
+        observer.combine(len(calibration))
 
 
 def read_observers(observed: Program, linears: Iterable[Linear], program: Program) -> Statistics:

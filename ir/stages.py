@@ -100,7 +100,13 @@ class Restricted(Sequence[Batch]):
         return len(self._batches)
 
     def __getitem__(self, index: Any) -> Any:
-        batch = self._batches[index]
+        return self._restrict(self._batches[index])
+
+    def own(self, index: int) -> Batch:
+        """Returns a batch that lies in this process; see `zeroskip.ir.shared_streams`."""
+        return self._restrict(getattr(self._batches, "own", self._batches.__getitem__)(index))
+
+    def _restrict(self, batch: Batch) -> Batch:
         return {name: batch[name] for name in self._names}
 
 

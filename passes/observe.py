@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zeroskip.ir.facts import Statistics
-from zeroskip.ir.observers import insert_observers, read_observers
+from zeroskip.ir.observers import insert_observers, read_observers, run_observed
 from zeroskip.ir.program import Program
 from zeroskip.ir.selection import check_selection, select_linears
 from zeroskip.passes.base import Pass, Scope
@@ -70,8 +70,6 @@ class Observe(Pass):
         if not linears:
             return program.with_fact(Statistics())
         observed = insert_observers(program, linears, self.gram)
-        running = observed.loaded()
-        for batch in program.calibration:
-            running.run({name: batch[name] for name in observed.inputs})
+        run_observed(observed, program.calibration)
         statistics = read_observers(observed, linears, program)
         return (observed if self.keep else program).with_fact(statistics)

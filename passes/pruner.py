@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import final
 
 import torch
 
+from zeroskip.ir import process_group
 from zeroskip.ir.errors import CompileError
 from zeroskip.ir.facts import Mask, Masks, ScoreMultipliers, Statistics
 from zeroskip.ir.linears import Linear
@@ -40,11 +42,19 @@ class Pruner(PatternPass):
         """Scores every selected linear and projects the scores on the pattern."""
         linears = select_linears(program, self.include, self.exclude)
         warn_of_few_tokens([n.name for n in linears if self._is_unseen(program, n)], self.name)
+        # Processes that share the compilation share the linears out, then tell each other.
+        owners = process_group.share_out([math.prod(linear.shape) for linear in linears])
+        patterns = [self.pattern_of(program, linear) for linear in linears]
+        found = [
+            pack_bits(pattern.project(self.finite_scores(program, linear)))
+            if owner == process_group.rank()
+            else torch.empty(-(-math.prod(linear.shape) // 8), dtype=torch.uint8)
+            for linear, pattern, owner in zip(linears, patterns, owners, strict=True)
+        ]
         masks = {}
-        for linear in linears:
-            pattern = self.pattern_of(program, linear)
-            keep = pattern.project(self.finite_scores(program, linear))
-            masks[linear.name] = Mask(pack_bits(keep), linear.shape, pattern, self.name)
+        for linear, pattern, owner, own in zip(linears, patterns, owners, found, strict=True):
+            bits = process_group.from_owner(own, owner)
+            masks[linear.name] = Mask(bits, linear.shape, pattern, self.name)
         known = program.facts.get(Masks, Masks())
         assert isinstance(known, Masks)
         return program.with_fact(known.merge(Masks(masks)))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
 
+from zeroskip.ir import process_group
 from zeroskip.ir.errors import CompileError
 from zeroskip.ir.facts import Mask, Masks, ScoreMultipliers, SparseWeights, Statistics
 from zeroskip.ir.linears import Linear
@@ -64,7 +66,7 @@ class UpdatingPruner(PatternPass):
         known = program.facts.get(SparseWeights, SparseWeights())
         assert isinstance(known, SparseWeights)
         masks: dict[str, Mask] = {}
-        weights: list[tuple[Linear, torch.Tensor]] = []
+        work: list[tuple[Linear, SparsityPattern]] = []
         unseen: list[str] = []
         for linear in select_linears(program, self.include, self.exclude):
             pattern = self.pattern_of(program, linear)
@@ -72,23 +74,42 @@ class UpdatingPruner(PatternPass):
             if before is not None and self.is_done(program, linear, pattern, before):
                 masks[linear.name] = before
                 continue
-            weight = self.finite_weight(program, linear)
+            work.append((linear, pattern))
             if saw_too_little(linear, statistics.of(linear.name)):
                 unseen.append(linear.name)
-                pruned, keep = weight, self.keep_unseen(program, linear, weight, pattern)
-            else:
-                pruned, keep = self.prune(program, linear, weight, pattern)
-            # Not a product: 0 * inf is NaN and -1 * 0 is -0.
-            pruned = pruned.masked_fill(~keep, 0)
-            self._check_finite(pruned, linear, program)
-            weights.append((linear, pruned))
-            masks[linear.name] = Mask(pack_bits(keep), linear.shape, pattern, self.name)
+        # Processes that share the compilation share the linears out, then tell each other.
+        owners = process_group.share_out([math.prod(linear.shape) for linear, _ in work])
+        found = [
+            self._pruned(program, linear, pattern, linear.name in unseen)
+            if owner == process_group.rank()
+            else (torch.empty(linear.shape), torch.empty(linear.shape, dtype=torch.bool))
+            for (linear, pattern), owner in zip(work, owners, strict=True)
+        ]
+        weights: list[tuple[Linear, torch.Tensor]] = []
+        for (linear, pattern), owner, (pruned, keep) in zip(work, owners, found, strict=True):
+            weights.append((linear, process_group.from_owner(pruned, owner)))
+            bits = pack_bits(process_group.from_owner(keep, owner))
+            masks[linear.name] = Mask(bits, linear.shape, pattern, self.name)
         warn_of_few_tokens(unseen, self.name)
         if weights:
             program = program.with_weights(stacked_weights(program, weights))
         chosen = program.facts.get(Masks, Masks())
         assert isinstance(chosen, Masks)
         return program.with_fact(chosen.merge(Masks(masks)), known.merge(SparseWeights(masks)))
+
+    def _pruned(
+        self, program: Program, linear: Linear, pattern: SparsityPattern, unseen: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prunes one linear: its new weight, and what is kept of it."""
+        weight = self.finite_weight(program, linear)
+        if unseen:
+            pruned, keep = weight, self.keep_unseen(program, linear, weight, pattern)
+        else:
+            pruned, keep = self.prune(program, linear, weight, pattern)
+        # Not a product: 0 * inf is NaN and -1 * 0 is -0.
+        pruned = pruned.masked_fill(~keep, 0)
+        self._check_finite(pruned, linear, program)
+        return pruned, keep
 
     def _check_finite(self, weight: torch.Tensor, linear: Linear, program: Program) -> None:
         dtype = program.weights.source(linear.parameter).dtype
