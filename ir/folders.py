@@ -47,11 +47,13 @@ def check_target(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, partial: Path | None = None) -> Iterator[Path]:
     """Yields an empty folder that becomes `target` when the block ends, and vanishes if it raises.
 
     Args:
         target: Must not exist, or be an empty folder. Missing parents are created.
+        partial: What it is called until then, on the same file system; what is there is removed. By
+            default a new name beside the target.
 
     Raises:
         ArtifactError: The target holds something, or it cannot be written.
@@ -60,8 +62,12 @@ def new_folder(target: Path) -> Iterator[Path]:
     check_target(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # A sibling, so that the rename stays within one file system.
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        if partial is None:
+            # A sibling, so that the rename stays within one file system.
+            partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
     except OSError as error:
         raise ArtifactError(
             f"the folder cannot be written: {error}",

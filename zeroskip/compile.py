@@ -21,6 +21,7 @@ from zeroskip.ir.errors import CaptureError, CompileError
 from zeroskip.ir.folders import source_folder
 from zeroskip.ir.packing import packed_names
 from zeroskip.ir.program import Batch, Program
+from zeroskip.ir.stage_files import StageFiles
 from zeroskip.passes import Instrument, MaterializeElastic, Pass, PassManager
 from zeroskip.passes.base import measure_drift
 from zeroskip.progress import ProgressBar
@@ -96,6 +97,7 @@ def compile_sparse(
     instruments: Sequence[Instrument] = (),
     progress: bool = False,
     dynamic_shapes: Mapping[str, Any] | None = None,
+    work: str | Path | StageFiles | None = None,
 ) -> CompiledModel:
     """Compiles a model by a list of passes.
 
@@ -113,6 +115,9 @@ def compile_sparse(
         instruments: Watchers, such as `DumpPrograms(folder)`.
         progress: Show a progress bar on standard error.
         dynamic_shapes: As for `torch.export`; by default batch and sequence are dynamic.
+        work: A folder in which each stage is kept as soon as it is finished. The same call goes on
+            behind them, however the one before ended. The compiled program reads weights from
+            there: remove it when that is saved. One process at a time may use it.
 
     Raises:
         CompileError: One of its children says what went wrong, where, and what to do next.
@@ -122,7 +127,10 @@ def compile_sparse(
     check_batches(program, batches)
     program = dataclasses.replace(program, calibration=batches)
     watchers = [*instruments, *([ProgressBar()] if progress else [])]
-    result = PassManager(tuple(passes), memory, tuple(watchers))(program)
+    files = None
+    if work is not None:
+        files = _stage_files(work, model, passes, [batches, memory, example_inputs])
+    result = PassManager(tuple(passes), memory, tuple(watchers), files)(program)
     compiled = dataclasses.replace(result.program, calibration=(), dense=None)
     drift = measure_drift(program, compiled)
     report = make_report(compiled, result, drift)
@@ -131,6 +139,20 @@ def compile_sparse(
     if live is not None:
         _write_back(live, program, compiled)
     return CompiledModel(live, compiled, report)
+
+
+def _stage_files(
+    work: str | Path | StageFiles,
+    model: torch.nn.Module | str | Path,
+    passes: Sequence[Pass],
+    settings: list[object],
+) -> StageFiles:
+    from zeroskip.compile_key import stage_key
+
+    if isinstance(work, StageFiles):
+        return StageFiles(work.folder, stage_key(work.key, passes, settings))
+    read = model if isinstance(model, torch.nn.Module) else Path(model)
+    return StageFiles(Path(work), stage_key(read, passes, settings))
 
 
 def materialize(program: Program, sparsity: float, then: Sequence[Pass] = ()) -> CompiledModel:

@@ -41,7 +41,9 @@ def compile_command(
 ) -> None:
     """Compile MODEL by a recipe into a folder.
 
-    OUT appears only when everything succeeded. It holds checkpoint/ (an ordinary Hugging Face
+    OUT appears only when everything succeeded. A run that was stopped leaves finished stages in
+    .OUT.work beside it, and the same command goes on with them; where OUT is complete and nothing
+    has changed it does nothing. OUT holds checkpoint/ (an ordinary Hugging Face
     directory), recipe.yaml (what ran, every option spelled out), report.json, report.html,
     manifest.json (for `zeroskip verify`), and what the export passes wrote: their relative directories lie under OUT. After a recipe that ends in train-elastic it
     holds elastic.json and elastic.safetensors too, for `zeroskip materialize`. --samples, --sequence-length, --seed and
@@ -49,21 +51,37 @@ def compile_command(
     """
     with ExitStack() as stack:
         with refusing_inputs():
+            from zeroskip.compile_key import artefact_key, files_digest
             from zeroskip.ir.folders import new_folder
+            from zeroskip.ir.stage_files import StageFiles
             from zeroskip.manifest_inputs import inputs_of, name_of, way_back
             from zeroskip.models import load_tokenizer, open_source
             from zeroskip.presets import find_recipe
             from zeroskip.progress import without_loading_bars
             from zeroskip.recipe import dump_recipe
             from zeroskip.relocation import relocated, under
+            from zeroskip.work_folder import (
+                PARTIAL,
+                STAGES,
+                is_complete,
+                is_up_to_date,
+                work_folder,
+            )
 
             stack.enter_context(without_loading_bars(quiet or as_json))
             plan = _overridden(find_recipe(recipe, pattern), samples, sequence_length, seed, memory)
             tokenizer = load_tokenizer(model)
+            # Before inputs are read, which takes a while: a second run is refused at once.
+            work = None if is_complete(out) else stack.enter_context(work_folder(out))
+            inputs = inputs_of(model, recipe, calibration, plan)
+            key = artefact_key(plan, inputs)
+            if is_up_to_date(out, key):
+                _say_up_to_date(out, as_json, quiet)
+                return
+            work = work or stack.enter_context(work_folder(out))
             batches = _calibration(calibration, tokenizer, plan) if calibration else None
             source = open_source(model)
-            inputs = inputs_of(model, recipe, calibration, plan)
-            folder = stack.enter_context(new_folder(out))
+            folder = stack.enter_context(new_folder(out, work / PARTIAL))
         from zeroskip.compile import compile_sparse
         from zeroskip.elastic import write_if_elastic
         from zeroskip.manifest import write_manifest
@@ -77,6 +95,9 @@ def compile_command(
             memory=plan.memory,
             instruments=[DumpPrograms(dump)] if dump else [],
             progress=not (quiet or as_json),
+            work=StageFiles(
+                work / STAGES, files_digest([one for one in inputs if one.role == "model"])
+            ),
         )
         compiled.save_pretrained(folder / "checkpoint")
         tokenizer.save_pretrained(folder / "checkpoint")
@@ -94,12 +115,20 @@ def compile_command(
             inputs_from=way_back(out),
             recipe=name_of(Path(recipe)),
             seed=plan.calibration.seed,
+            key=key,
         )
         shown = relocated(str(compiled.report), folder, out)
     if as_json:
         typer.echo(text)
     elif not quiet:
         typer.echo(f"{shown}\n{out}\ncontent_sha256 {manifest['content_sha256']}")
+
+
+def _say_up_to_date(out: Path, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        typer.echo((out / "report.json").read_text(encoding="utf-8").rstrip())
+    elif not quiet:
+        typer.echo(f"{out} is up to date")
 
 
 def _overridden(

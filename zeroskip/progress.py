@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -38,6 +38,9 @@ class ProgressBar(Instrument):
 
     def after_pass(self, step: Pass, result: PassResult, part: str) -> None:
         self._progress.advance(self._task)
+
+    def resumed(self, steps: Sequence[Pass], part: str) -> None:
+        self._progress.advance(self._task, len(steps))
 
     def end(self) -> None:
         task = self._progress.tasks[self._task]
