@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from zeroskip.exits import CHANGED, refusing_inputs
+from zeroskip.command_line import Json
+from zeroskip.exits import CHANGED, fail, manner, refusing_inputs
+from zeroskip.ir.errors import CompileError
 
 if TYPE_CHECKING:
     from zeroskip.verify import Verification
@@ -19,7 +21,7 @@ def verify_command(
     run: Annotated[
         bool, typer.Option("--run/--no-run", help="Run the models and compare what they compute.")
     ] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Say whether DIRECTORY is still what was compiled.
 
@@ -36,16 +38,18 @@ def verify_command(
 
         with without_loading_bars(as_json):
             found = verify_artefact(directory, run=run)
-    if as_json:
-        typer.echo(json.dumps(_json(found, directory), indent=2))
-    else:
+    if not as_json and (found.findings or not manner().quiet):
         typer.echo("\n".join(_lines(found)))
     if found.findings:
-        count = len(found.findings)
-        what = "thing is" if count == 1 else "things are"
-        typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
-        typer.echo(f"{count} {what} not what they were in {directory}", err=True)
-        raise SystemExit(CHANGED)
+        kinds = ", ".join(sorted({one.kind for one in found.findings}))
+        problem = CompileError(
+            f"this is not what was compiled: {len(found.findings)} findings ({kinds})",
+            where=str(directory),
+            next_step="see what is said of each of them",
+        )
+        fail(problem, CHANGED, _json(found, directory))
+    if as_json:
+        typer.echo(json.dumps(_json(found, directory), indent=2))
 
 
 def _json(found: Verification, directory: Path) -> dict[str, Any]:
