@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
-from zeroskip.ir.patterns import Unstructured, pruned_count
+from zeroskip.ir.patterns import SparsityPattern, Unstructured, pruned_count
+from zeroskip.ir.pruning_error import ROWS
 
 
 def output_errors(
@@ -40,6 +42,35 @@ def output_errors(
         flat.scatter_(1, chosen, values.gather(1, chosen))
         done = count
         errors.append(max(_output_energy(lost, gram) / whole, 0.0))
+    return tuple(errors)
+
+
+def pattern_errors(
+    weight: torch.Tensor, gram: torch.Tensor, patterns: Sequence[SparsityPattern]
+) -> tuple[float, ...]:
+    """Returns ||x D^T|| / ||x W^T|| for each pattern, D being the weights that Wanda prunes.
+
+    Computed on up to `ROWS` outputs, evenly spaced, which stand for the others: patterns that
+    compare within a row choose the same there.
+
+    Args:
+        weight: float32 [out, in].
+        gram: Sum of x x^T, float32 [in, in].
+        patterns: N:M, or shares of each row.
+
+    Returns:
+        One error for each; NaN where the pattern does not fit.
+    """
+    rows = weight[:: max(-(-weight.shape[0] // ROWS), 1)]
+    scores = rows.abs() * gram.diagonal().clamp_min(0).sqrt()
+    whole = _output_energy(rows, gram)
+    errors = []
+    for pattern in patterns:
+        if pattern.refusal((rows.shape[0], rows.shape[1])) is not None:
+            errors.append(math.nan)
+            continue
+        lost = rows.masked_fill(pattern.project(scores), 0)
+        errors.append(max(_output_energy(lost, gram) / whole, 0.0) ** 0.5 if whole > 0 else 0.0)
     return tuple(errors)
 
 

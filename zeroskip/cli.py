@@ -15,11 +15,14 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from zeroskip.bench_command import bench_command
 from zeroskip.command_line import CommandLine, Json
 from zeroskip.compile_command import compile_command
 from zeroskip.elastic_commands import curve_command, materialize_command
 from zeroskip.exits import EXIT_CODES, REFUSED, STOPPED, fail, manner, refusing_inputs
+from zeroskip.inspect_command import inspect_command
 from zeroskip.ir.errors import CompileError
+from zeroskip.sensitivity_command import sensitivity_command
 from zeroskip.verify_command import verify_command
 
 # Everything that imports torch is imported inside the commands: `zeroskip --help` is instant.
@@ -118,37 +121,6 @@ def eval_command(
     typer.echo(json.dumps(asdict(result), indent=2) if as_json else str(result))
 
 
-@app.command("inspect")
-def inspect_command(
-    model: Annotated[Path, typer.Argument(help="A Hugging Face directory or a GGUF file.")],
-    scales: Annotated[
-        bool, typer.Option("--scales", help="The groups of channels that scales cancel in.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Say what zeroskip sees in MODEL; no weight of a directory is read.
-
-    --scales: each group of parameters that channel scales cancel in, what it scales, which sign the
-    scales must have and which bias can absorb a shift; and for each linear that cannot be scaled,
-    the operator that does not allow it.
-    """
-    if not scales:
-        problem = CompileError("there is nothing to say", next_step="add --scales")
-        fail(problem, REFUSED)
-    with refusing_inputs():
-        from zeroskip.models import open_source
-        from zeroskip.progress import without_loading_bars
-
-        with without_loading_bars(as_json):
-            source = open_source(model)
-    from zeroskip.compile import open_program
-    from zeroskip.ir.scale_groups import find_scale_groups
-    from zeroskip.scale_table import scales_json, scales_table
-
-    found = find_scale_groups(open_program(source))
-    typer.echo(json.dumps(scales_json(found), indent=2) if as_json else scales_table(found))
-
-
 @app.command("passes")
 def passes_command(as_json: Json = False) -> None:
     """List the passes that a recipe can name, and their options."""
@@ -239,6 +211,9 @@ def tune_command(
 
 
 app.command("compile")(compile_command)
+app.command("inspect")(inspect_command)
+app.command("sensitivity")(sensitivity_command)
+app.command("bench")(bench_command)
 app.command("materialize")(materialize_command)
 app.command("curve")(curve_command)
 app.command("verify")(verify_command)

@@ -10,7 +10,13 @@ from zeroskip.report_markup import Markup, join, tag
 Series = Mapping[int, float]
 
 
-def line_panel(series: Series, others: Sequence[Series], top: float, title: str) -> Markup:
+def line_panel(
+    series: Series,
+    others: Sequence[Series],
+    top: float,
+    title: str,
+    label: Callable[[int], str] = "layer {}".format,
+) -> Markup:
     """Draws one series over the layers, the others behind it in grey.
 
     Args:
@@ -18,6 +24,7 @@ def line_panel(series: Series, others: Sequence[Series], top: float, title: str)
         others: What it is to be compared with.
         top: The value at the upper edge, the same for all panels.
         title: For readers that do not see it, and on hovering.
+        label: How a layer is written.
     """
     width, height, left, right, under = 240.0, 112.0, 34.0, 6.0, 16.0
     layers = sorted({layer for each in (series, *others) for layer in each})
@@ -55,7 +62,7 @@ def line_panel(series: Series, others: Sequence[Series], top: float, title: str)
         *(
             tag(
                 "circle",
-                tag("title", f"layer {layer}: {short(series[layer])}"),
+                tag("title", f"{label(layer)}: {short(series[layer])}"),
                 cx=_n(x(layer)),
                 cy=_n(y(series[layer])),
                 r=3.5,
@@ -63,8 +70,8 @@ def line_panel(series: Series, others: Sequence[Series], top: float, title: str)
             )
             for layer in dots
         ),
-        _text(x(first), height - 2, f"layer {first}", "start" if last > first else "middle"),
-        _text(x(last), height - 2, str(last), "end") if last > first else None,
+        _text(x(first), height - 2, label(first), "start" if last > first else "middle"),
+        _text(x(last), height - 2, label(last), "end") if last > first else None,
     )
 
 
