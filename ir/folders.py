@@ -89,3 +89,32 @@ def new_folder(target: Path, partial: Path | None = None) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def aside_of(target: Path) -> Path:
+    """Returns where a result goes that is not to be `target`: `target.failed`, or `target.failed-2` ..."""
+    target = target.absolute()
+    place, number = target.with_name(f"{target.name}.failed"), 1
+    while os.path.lexists(place):
+        number += 1
+        place = target.with_name(f"{target.name}.failed-{number}")
+    return place
+
+
+def set_aside(partial: Path, place: Path) -> None:
+    """Renames a complete folder that `new_folder` made; nothing is overwritten.
+
+    Raises:
+        ArtifactError: The place is taken by now, or cannot be written.
+    """
+    try:
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o777 & ~umask)
+        partial.rename(place)
+    except OSError as error:
+        raise ArtifactError(
+            f"the folder cannot be kept: {error}",
+            where=str(place),
+            next_step="remove what is there and try again",
+        ) from error

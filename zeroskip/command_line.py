@@ -52,8 +52,10 @@ def with_manners(function: Callable[..., Any]) -> Callable[..., Any]:
         with speaking(how):
             try:
                 return function(*args, **options)
+            except GateError as error:
+                fail(error, GATE_FAILED, error.result)
             except CompileError as error:
-                fail(error, GATE_FAILED if isinstance(error, GateError) else STOPPED)
+                fail(error, STOPPED)
             except BrokenPipeError:
                 raise  # Whoever read our output has seen enough.
             except (OSError, MemoryError) as error:

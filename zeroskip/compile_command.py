@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from zeroskip.exits import refusing_inputs
+from zeroskip.command_line import Json
+from zeroskip.exits import GateError, manner, refusing_inputs
 
 if TYPE_CHECKING:
-    from zeroskip.recipe import Recipe
-
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+    from zeroskip.recipe_document import CalibrationOptions
 
 
 def compile_command(
-    model: Annotated[Path, typer.Argument(help="A Hugging Face directory or a GGUF file.")],
+    model: Annotated[
+        Path,
+        typer.Argument(help="A Hugging Face directory, a GGUF file, or owner/name on the hub."),
+    ],
     recipe: Annotated[
         str, typer.Option("--recipe", "-r", help="A YAML or JSON file, or fast, balanced, best.")
     ],
@@ -27,12 +29,19 @@ def compile_command(
         Path | None, typer.Option("--calibration", "-c", help="Text to calibrate on: UTF-8.")
     ] = None,
     pattern: Annotated[
-        str | None, typer.Option(help="What fast, balanced or best prune to: 50%, 2:4 ...")
+        str | None, typer.Option(help="What passes prune to that do not say it: 50%, 2:4 ...")
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Windows of text.")] = None,
     sequence_length: Annotated[int | None, typer.Option(min=1, help="Tokens in each.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Chooses the windows.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory budget, such as 4GiB.")] = None,
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE: max_perplexity_increase=5%, min_speedup=1.2x, ..."),
+    ] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="Text that max_perplexity_increase measures on: UTF-8.")
+    ] = None,
     dump: Annotated[
         Path | None, typer.Option(help="Write the program before and after each pass here.")
     ] = None,
@@ -46,19 +55,23 @@ def compile_command(
     has changed it does nothing. OUT holds checkpoint/ (an ordinary Hugging Face
     directory), recipe.yaml (what ran, every option spelled out), report.json, report.html,
     manifest.json (for `zeroskip verify`), and what the export passes wrote: their relative directories lie under OUT. After a recipe that ends in train-elastic it
-    holds elastic.json and elastic.safetensors too, for `zeroskip materialize`. --samples, --sequence-length, --seed and
-    --memory override the recipe.
+    holds elastic.json and elastic.safetensors too, for `zeroskip materialize`. Options override the
+    recipe. Gates (max_perplexity_increase, min_speedup, max_bytes, parity) are what has to come out:
+    where one fails, the result is kept as OUT.failed instead.
     """
     with ExitStack() as stack:
         with refusing_inputs():
             from zeroskip.compile_key import artefact_key, files_digest
-            from zeroskip.ir.folders import new_folder
+            from zeroskip.gates import prepare_gates
+            from zeroskip.hub import local_model
+            from zeroskip.ir.folders import aside_of, new_folder, set_aside
             from zeroskip.ir.stage_files import StageFiles
             from zeroskip.manifest_inputs import inputs_of, name_of, way_back
             from zeroskip.models import load_tokenizer, open_source
             from zeroskip.presets import find_recipe
             from zeroskip.progress import without_loading_bars
-            from zeroskip.recipe import dump_recipe
+            from zeroskip.recipe import dump_recipe, recipe_for, without_folders
+            from zeroskip.recipe_overrides import overridden
             from zeroskip.relocation import relocated, under
             from zeroskip.work_folder import (
                 PARTIAL,
@@ -69,23 +82,36 @@ def compile_command(
             )
 
             stack.enter_context(without_loading_bars(quiet or as_json))
-            plan = _overridden(find_recipe(recipe, pattern), samples, sequence_length, seed, memory)
+            plan = overridden(
+                find_recipe(recipe, pattern),
+                samples=samples,
+                sequence_length=sequence_length,
+                seed=seed,
+                calibration=calibration,
+                memory=memory,
+                gates=gate or (),
+                evaluation=evaluation,
+            )
+            model = local_model(model)
             tokenizer = load_tokenizer(model)
             # Before inputs are read, which takes a while: a second run is refused at once.
             work = None if is_complete(out) else stack.enter_context(work_folder(out))
             inputs = inputs_of(model, recipe, calibration, plan)
-            key = artefact_key(plan, inputs)
+            key = artefact_key(without_folders(plan), inputs)
             if is_up_to_date(out, key):
                 _say_up_to_date(out, as_json, quiet)
                 return
             work = work or stack.enter_context(work_folder(out))
-            batches = _calibration(calibration, tokenizer, plan) if calibration else None
+            batches = _calibration(plan.calibration, tokenizer, model)
             source = open_source(model)
+            baseline = prepare_gates(plan.gates, plan.passes, source, tokenizer, plan.memory)
             folder = stack.enter_context(new_folder(out, work / PARTIAL))
         from zeroskip.compile import compile_sparse
         from zeroskip.elastic import write_if_elastic
+        from zeroskip.gates import check_gates, describe_failures, lasting
         from zeroskip.manifest import write_manifest
         from zeroskip.passes import DumpPrograms
+        from zeroskip.progress import StepLog
         from zeroskip.report_page import write_report_page
 
         compiled = compile_sparse(
@@ -93,7 +119,10 @@ def compile_command(
             [under(step, folder) for step in plan.passes],
             calibration=batches,
             memory=plan.memory,
-            instruments=[DumpPrograms(dump)] if dump else [],
+            instruments=[
+                *([DumpPrograms(dump)] if dump else []),
+                *([StepLog()] if manner().verbose else []),
+            ],
             progress=not (quiet or as_json),
             work=StageFiles(
                 work / STAGES, files_digest([one for one in inputs if one.role == "model"])
@@ -102,11 +131,17 @@ def compile_command(
         compiled.save_pretrained(folder / "checkpoint")
         tokenizer.save_pretrained(folder / "checkpoint")
         write_if_elastic(compiled, folder)
-        (folder / "recipe.yaml").write_text(dump_recipe(plan, defaults=True), encoding="utf-8")
-        report = relocated(compiled.report.to_json(), folder, out.absolute())
+        ran = dump_recipe(recipe_for(plan, out), defaults=True)
+        (folder / "recipe.yaml").write_text(ran, encoding="utf-8")
+        gates = check_gates(plan.gates, baseline, compiled, plan.passes, folder, plan.memory)
+        failed = not all(result.passed for result in gates)
+        place = aside_of(out) if failed else out.absolute()
+        report = relocated(compiled.report.to_json(), folder, place)
+        if gates:
+            report["gates"] = [result.to_json() for result in gates]
         text = json.dumps(report, indent=2, ensure_ascii=False)
         (folder / "report.json").write_text(text + "\n", encoding="utf-8")
-        write_report_page(folder, report, model=model.resolve().name)
+        write_report_page(folder, report, model=model.resolve().name, gates=report.get("gates", ()))
         manifest = write_manifest(
             folder,
             compiled.program,
@@ -116,11 +151,16 @@ def compile_command(
             recipe=name_of(Path(recipe)),
             seed=plan.calibration.seed,
             key=key,
+            gates=lasting(gates),
         )
+        if failed:
+            set_aside(folder, place)
+            raise GateError(describe_failures(gates), str(place), report)
         shown = relocated(str(compiled.report), folder, out)
     if as_json:
         typer.echo(text)
     elif not quiet:
+        shown = "\n".join([shown, *(f"gate {result}" for result in gates)])
         typer.echo(f"{shown}\n{out}\ncontent_sha256 {manifest['content_sha256']}")
 
 
@@ -131,29 +171,12 @@ def _say_up_to_date(out: Path, as_json: bool, quiet: bool) -> None:
         typer.echo(f"{out} is up to date")
 
 
-def _overridden(
-    plan: Recipe,
-    samples: int | None,
-    sequence_length: int | None,
-    seed: int | None,
-    memory: str | None,
-) -> Recipe:
-    """The recipe with the options of the command line in it."""
-    from dataclasses import replace
+def _calibration(
+    options: CalibrationOptions, tokenizer: Any, model: Path
+) -> list[dict[str, Any]] | None:
+    if options.text is None:
+        return None
+    from zeroskip.calibration import calibration_for
+    from zeroskip.models import load_model
 
-    given = {"samples": samples, "sequence_length": sequence_length, "seed": seed}
-    changed = {name: value for name, value in given.items() if value is not None}
-    calibration = replace(plan.calibration, **changed)
-    return replace(plan, calibration=calibration, memory=memory or plan.memory)
-
-
-def _calibration(path: Path, tokenizer: Any, plan: Recipe) -> list[dict[str, Any]]:
-    from zeroskip.calibration import calibration_from_text
-
-    return calibration_from_text(
-        path,
-        tokenizer,
-        samples=plan.calibration.samples,
-        sequence_length=plan.calibration.sequence_length,
-        seed=plan.calibration.seed,
-    )
+    return calibration_for(options, Path(options.text), tokenizer, lambda: load_model(model)[0])

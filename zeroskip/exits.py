@@ -67,7 +67,21 @@ def speaking(how: Manner) -> Iterator[None]:
 
 
 class GateError(CompileError):
-    """A result is not what a gate demands; it is kept aside."""
+    """A result is not what a gate demands; it is kept aside.
+
+    Args:
+        problem: Which gates failed, by how much, and what cost most.
+        where: The folder that the result is in.
+        result: What there is to say about it, for --json.
+    """
+
+    def __init__(self, problem: str, where: str, result: Mapping[str, Any]) -> None:
+        super().__init__(
+            problem,
+            where=where,
+            next_step="prune less, leave what costs most dense (`ignore`), or move the limit",
+        )
+        self.result = result
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -47,6 +48,14 @@ class ProgressBar(Instrument):
         # Stages behind the last one with work are skipped: the bar ends full all the same.
         self._progress.update(self._task, completed=task.total, description="compiled")
         self._progress.stop()
+
+
+class StepLog(Instrument):
+    """Says of every pass and stage that it is done, in a line on standard error: for a log file."""
+
+    def after_pass(self, step: Pass, result: PassResult, part: str) -> None:
+        changed = "" if result.modified else ", changed nothing"
+        typer.echo(f"{part}: {step.name}, {result.seconds:.2f} s{changed}", err=True)
 
 
 @contextmanager

@@ -190,6 +190,11 @@ def recipe_for(recipe: Recipe, folder: Path) -> Recipe:
     )
 
 
+def without_folders(recipe: Recipe) -> Recipe:
+    """Returns the recipe with the bare names of its texts: what it does, wherever they are."""
+    return _with_texts(recipe, lambda text: Path(text).name)
+
+
 def _with_texts(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
     calibration, gate = recipe.calibration, recipe.gates.max_perplexity_increase
     if calibration.text is not None:
