@@ -14,6 +14,7 @@ from zeroskip.ir.facts import Mask, Masks, ScoreMultipliers, SparseWeights, Stat
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.patterns import SparsityPattern
 from zeroskip.ir.program import Program
+from zeroskip.ir.pruning_error import output_error
 from zeroskip.ir.scaled_linear import stacked_weights
 from zeroskip.ir.selection import select_linears
 from zeroskip.ir.weights import pack_bits
@@ -87,9 +88,12 @@ class UpdatingPruner(PatternPass):
         ]
         weights: list[tuple[Linear, torch.Tensor]] = []
         for (linear, pattern), owner, (pruned, keep) in zip(work, owners, found, strict=True):
-            weights.append((linear, process_group.from_owner(pruned, owner)))
+            weight = process_group.from_owner(pruned, owner)
+            weights.append((linear, weight))
             bits = pack_bits(process_group.from_owner(keep, owner))
-            masks[linear.name] = Mask(bits, linear.shape, pattern, self.name)
+            edge = statistics.of(linear.name)
+            error = output_error(linear.weight(program), weight, edge) if edge.count else None
+            masks[linear.name] = Mask(bits, linear.shape, pattern, self.name, error)
         warn_of_few_tokens(unseen, self.name)
         if weights:
             program = program.with_weights(stacked_weights(program, weights))

@@ -42,7 +42,7 @@ def write_report_page(
         folder: The artefact, with everything else in it already: sizes of its folders are shown.
         report: As `Report.to_json` returns it.
         model: What was compiled, for the headline.
-        gates: Of each gate `name`, `limit`, `measured`, `passed` and `detail`.
+        gates: Of each what `zeroskip.gates.GateResult.to_json` returns.
 
     Returns:
         The path of the page.

@@ -256,12 +256,12 @@ def curve_plot(
 
 
 def ticks(top: float, count: int) -> list[float]:
-    """Returns round numbers from 0 up to at most `top`, about `count` steps."""
+    """Returns round numbers from 0 up to at most `top`, at least `count` of them besides 0."""
     if top <= 0:
         return [0.0]
     rough = top / count
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+    step = next(m * power for m in (5, 2.5, 2, 1) if m * power <= rough * 1.001)
     return [i * step for i in range(int(top / step + 1e-9) + 1)]
 
 

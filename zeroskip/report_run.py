@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from zeroskip.linear_table import size
 from zeroskip.report_markup import Markup, folded, prose, table, tag
 from zeroskip.report_plots import curve_plot, short
 
@@ -23,10 +23,16 @@ def gates_section(gates: Sequence[Mapping[str, Any]]) -> Markup | None:
         mark = tag(
             "span", "✓ passed" if passed else "✗ failed", class_="pass" if passed else "fail"
         )
-        rows.append((mark, gate.get("name", ""), _value(gate.get("limit")), _value(gate.get("measured")), gate.get("detail") or ""))  # fmt: skip
+        costliest: list[Markup] = []
+        for part in gate.get("costliest") or ():
+            costliest += [tag("br"), tag("span", part, class_="mono")]
+        unit = str(gate.get("unit") or "")
+        limit, measured = (_value(gate.get(key), unit) for key in ("limit", "measured"))
+        said = tag("span", str(gate.get("detail") or ""), *costliest)
+        rows.append((mark, gate.get("name", ""), limit, measured, said))
     failed = sum(not gate.get("passed") for gate in gates)
     words = "All gates passed." if not failed else f"{failed} of {len(gates)} gates failed."
-    head = ("", "gate", "limit", "measured", "")
+    head = ("", "gate", "limit", "measured", "how; what costs most")
     return tag(
         "section",
         tag("h2", "Gates"),
@@ -135,12 +141,14 @@ def _options(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in shown.items())[:300]
 
 
-def _value(value: object) -> str:
+def _value(value: object, unit: str) -> str:
     if value is None:
         return "-"
-    if isinstance(value, float):
-        return short(value)
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if unit == "bytes" and isinstance(value, (int, float)):
+        return size(int(value))
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return f"{short(value)} {unit}".strip()
+    return str(value)
 
 
 def _version(package: str) -> str | None:

@@ -49,7 +49,7 @@ pre { background: var(--shade); border-radius: 8px; padding: 16px; overflow: aut
 .tiles .name { font-size: 13px; color: var(--muted); display: block; }
 .tiles .value { font-size: 26px; font-weight: 650; letter-spacing: -.02em; display: block;
   font-variant-numeric: tabular-nums; line-height: 1.25; }
-.tiles .more { font-size: 13px; color: var(--muted); display: block; line-height: 1.4; }
+.tiles .more { overflow-wrap: anywhere; font-size: 13px; color: var(--muted); display: block; line-height: 1.4; }
 .verdict { border-left: 4px solid var(--ghost); background: var(--card); border-radius: 0 10px 10px 0;
   padding: 12px 18px; margin: 24px 0 0; }
 .verdict.good { border-color: var(--good); } .verdict.bad { border-color: var(--bad); }
