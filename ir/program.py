@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from zeroskip.ir.errors import CompileError, RequirementError
+from zeroskip.ir.half_products import gains_by_float32, in_float32
 from zeroskip.ir.weights import InMemory, Source, Weights
 
 if TYPE_CHECKING:
@@ -226,6 +227,11 @@ class _Runner(fx.Interpreter):
         stack = list((self._current.meta.get("nn_module_stack") or {}).values())
         module = f" in {stack[-1][0]}" if stack and stack[-1][0] else ""
         return f"{self._current.name} ({self._current.target}){module}"
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if gains_by_float32(target, args):
+            return in_float32(target, args, kwargs)
+        return super().call_function(target, args, kwargs)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target in self._weights:
