@@ -22,6 +22,7 @@ from zeroskip.elastic_commands import curve_command, materialize_command
 from zeroskip.exits import EXIT_CODES, REFUSED, STOPPED, fail, manner, refusing_inputs
 from zeroskip.inspect_command import inspect_command
 from zeroskip.ir.errors import CompileError
+from zeroskip.recipe_commands import app as recipe_app
 from zeroskip.sensitivity_command import sensitivity_command
 from zeroskip.verify_command import verify_command
 
@@ -217,3 +218,4 @@ app.command("bench")(bench_command)
 app.command("materialize")(materialize_command)
 app.command("curve")(curve_command)
 app.command("verify")(verify_command)
+app.add_typer(recipe_app, name="recipe")

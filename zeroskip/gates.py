@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from zeroskip.compile import CompiledModel, open_program
 from zeroskip.evaluate import Perplexity, encode, perplexity
 from zeroskip.gate_costs import by_bytes, by_error, by_speed
 from zeroskip.gate_options import Gates, PerplexityGate, SpeedupGate
-from zeroskip.ir.errors import RecipeError
+from zeroskip.ir.errors import CompileError, RecipeError
 from zeroskip.ir.program import Program
 from zeroskip.ir.streams import parse_bytes
 from zeroskip.linear_table import size
@@ -36,7 +36,7 @@ class GateResult:
     Args:
         name: Of the gate.
         limit: What was demanded, in `unit`.
-        measured: What is.
+        measured: What is; None where it cannot be measured.
         unit: Of both.
         passed: Whether that is enough.
         detail: How it was measured, in a sentence.
@@ -46,7 +46,7 @@ class GateResult:
 
     name: str
     limit: float
-    measured: float
+    measured: float | None
     unit: str
     passed: bool
     detail: str
@@ -99,6 +99,16 @@ def prepare_gates(
         RecipeError: A gate needs an export, or a text, that the recipe does not have.
         EvaluationError: The text cannot be scored by this model.
     """
+    check_decidable(gates, passes)
+    gate = gates.max_perplexity_increase
+    if gate is None or gate.text is None:
+        return Baseline()
+    tokens = encode(Path(gate.text), tokenizer, gate.max_tokens)
+    return Baseline(tokens, _score(open_program(source), tokens, gate, memory))
+
+
+def check_decidable(gates: Gates, passes: Sequence[Pass]) -> None:
+    """Raises RecipeError when a gate needs an export, or a text, that the recipe does not have."""
     for name in ("min_speedup", "parity"):
         if getattr(gates, name) is not None and _export(passes) is None:
             raise RecipeError(
@@ -107,16 +117,12 @@ def prepare_gates(
                 next_step="add the pass `export-onnx: {directory: onnx}`, or leave the gate out",
             )
     gate = gates.max_perplexity_increase
-    if gate is None:
-        return Baseline()
-    if gate.text is None:
+    if gate is not None and gate.text is None:
         raise RecipeError(
             "the gate `max_perplexity_increase` has no text to measure on.",
             where="gates, max_perplexity_increase",
             next_step="add `text: FILE` to it, or give --evaluation FILE",
         )
-    tokens = encode(Path(gate.text), tokenizer, gate.max_tokens)
-    return Baseline(tokens, _score(open_program(source), tokens, gate, memory))
 
 
 def check_gates(
@@ -136,22 +142,40 @@ def check_gates(
         passes: That made it, their directories as they were written.
         folder: The artefact, complete but for what is said about it.
         memory: See `prepare_gates`.
-
-    Raises:
-        CompileError: Something cannot be measured.
     """
-    results = []
     export = _export(passes)
     onnx = None if export is None else folder / export.directory
-    if gates.max_perplexity_increase is not None:
-        results.append(_perplexity(gates.max_perplexity_increase, baseline, compiled, memory))
-    if gates.min_speedup is not None and onnx is not None:
-        results.append(_speedup(gates.min_speedup, compiled, onnx, folder))
+    results = []
+    if (perplexity_gate := gates.max_perplexity_increase) is not None:
+        results.append(
+            _attempt(
+                lambda: _perplexity(perplexity_gate, baseline, compiled, memory),
+                "max_perplexity_increase",
+                perplexity_gate.ratio,
+            )
+        )
+    if (speed_gate := gates.min_speedup) is not None and onnx is not None:
+        results.append(
+            _attempt(
+                lambda: _speedup(speed_gate, compiled, onnx, folder),
+                "min_speedup",
+                speed_gate.factor,
+            )
+        )
     if gates.max_bytes is not None:
         results.append(_bytes(gates.max_bytes.bytes, compiled, onnx or folder / "checkpoint"))
     if gates.parity is not None and onnx is not None:
         results.append(_parity(gates.parity.limit, onnx))
     return results
+
+
+def _attempt(measure: Callable[[], GateResult], name: str, limit: float) -> GateResult:
+    """Measures a gate; what cannot be measured has failed, and the result is kept all the same."""
+    try:
+        return measure()
+    except CompileError as error:
+        detail = f"cannot be measured: {' '.join(str(error).split())}"
+        return GateResult(name, limit, None, "", False, detail)
 
 
 def lasting(results: Sequence[GateResult]) -> dict[str, Any]:
@@ -204,7 +228,7 @@ def _perplexity(
     return GateResult(
         "max_perplexity_increase",
         gate.ratio,
-        ratio,
+        ratio if math.isfinite(ratio) else None,
         "times the perplexity of the dense model",
         passed,
         f"perplexity {after:.4f}, dense {before:.4f}: {_percent(ratio)}, at most "

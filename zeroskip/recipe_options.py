@@ -28,6 +28,11 @@ def options_of(cls: type[Any]) -> dict[str, tuple[Field[Any], Any]]:
     return {field.name: (field, _written(hints[field.name])) for field in fields(cls) if field.init}
 
 
+def is_required(field: Field[Any]) -> bool:
+    """Whether an option has to be given."""
+    return field.default is MISSING and field.default_factory is MISSING
+
+
 def pattern_options(cls: type[Any]) -> list[str]:
     """The options of a pass that are sparsity patterns."""
     hints = get_type_hints(cls)
@@ -61,8 +66,7 @@ def read_options(
     for key in given:
         check_known(key, known, "option", where, pass_name)
     for name, (field, _) in known.items():
-        required = field.default is MISSING and field.default_factory is MISSING
-        if required and name not in given:
+        if is_required(field) and name not in given:
             raise RecipeError(
                 f"The option `{name}` is missing, and it has no default.",
                 where=where,
