@@ -35,6 +35,8 @@ GENERATION = "generation_config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
+_MOST_LAYERS = 10_000
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _QUANTIZED = ("quantization_config", "compression_config")
 _DTYPES = {
     "F64": torch.float64,
@@ -81,6 +83,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
             lacks a parameter of the model or has it in another shape.
     """
     config = _read_config(directory)
+    check_layers(config, directory)
     stored = _read_headers(directory)
     floating = [s.dtype for s in stored.values() if s.dtype.is_floating_point]
     dtype: Any = config.dtype or (floating or [torch.float32])[0]
@@ -96,7 +99,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
             next_step="if from_pretrained loads it, compile that live model instead",
         ) from error
     if model.can_generate() and (generation := directory / GENERATION).exists():
-        model.generation_config = transformers.GenerationConfig.from_dict(read_json(generation))
+        model.generation_config = _read_generation(generation)
     sources, unused = sources_by_name(model, stored)
     _fill_buffers(model, sources, directory)
     weights = Weights(
@@ -120,7 +123,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file, or raises an ArtifactError that names the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(
             f"cannot read {path.name}: {error}",
             where=str(path),
@@ -162,9 +165,38 @@ def _read_config(directory: Path) -> PretrainedConfig:
     return config
 
 
+def _read_generation(path: Path) -> transformers.GenerationConfig:
+    raw = read_json(path)
+    try:
+        return transformers.GenerationConfig.from_dict(raw)
+    # transformers checks values one by one, each with an error of its own.
+    except Exception as error:
+        raise ArtifactError(
+            f"transformers cannot read {path.name}: {error}",
+            where=str(path),
+            next_step="fetch the file again, or remove it: it only says how to generate",
+        ) from error
+
+
+def check_layers(config: PretrainedConfig, directory: Path) -> None:
+    """Refuses a config with more layers than can be built: building takes time for each of them.
+
+    Raises:
+        ArtifactError: Names the entry.
+    """
+    for key, value in config.to_dict().items():
+        counted = "layer" in key or "expert" in key
+        if counted and isinstance(value, int) and value > _MOST_LAYERS:
+            raise ArtifactError(
+                f"{key} is {value}, and no model has so many",
+                where=str(directory / CONFIG),
+                next_step="fetch the config again; it does not belong to these weights",
+            )
+
+
 def _model_class(config: PretrainedConfig, directory: Path) -> type[PreTrainedModel]:
-    names = config.architectures or []
-    name = names[0] if names else None
+    names = config.architectures
+    name = str(names[0]) if isinstance(names, list) and names else None
     # Parts of models (WhisperEncoder) are saved but not exported at the top of transformers.
     module = type(config).__module__.replace(".configuration_", ".modeling_")
     found = getattr(transformers, name, None) if name else None
@@ -177,6 +209,24 @@ def _model_class(config: PretrainedConfig, directory: Path) -> type[PreTrainedMo
             next_step="set architectures to the class that the checkpoint was saved from",
         )
     return found
+
+
+def refuse_pickles(directory: Path) -> None:
+    """Refuses a folder without safetensors, such as one whose weights are a pickle.
+
+    Raises:
+        ArtifactError: Says how to convert it.
+    """
+    if (directory / SINGLE).exists() or (directory / INDEX).exists():
+        return
+    pickled = sorted(path for end in _PICKLES for path in directory.glob(f"*{end}"))
+    raise ArtifactError(
+        f"{pickled[0].name} is a pickle, which runs code when it is read"
+        if pickled
+        else f"there is neither {SINGLE} nor {INDEX}",
+        where=str(directory),
+        next_step="load it where you trust it and save_pretrained it: that writes safetensors",
+    )
 
 
 def read_index(index: Path) -> dict[str, str]:
@@ -200,18 +250,10 @@ def read_index(index: Path) -> dict[str, str]:
 
 def _read_headers(directory: Path) -> dict[str, OnDisk]:
     """Returns where every tensor of the checkpoint is; reads headers, closes every file."""
-    single, index = directory / SINGLE, directory / INDEX
-    if single.exists():
-        return dict(_read_header(single))
-    if not index.exists():
-        pickled = sorted(directory.glob("*.bin"))
-        raise ArtifactError(
-            f"{pickled[0].name} is a pickle, which runs code when it is read"
-            if pickled
-            else f"there is neither {SINGLE} nor {INDEX}",
-            where=str(directory),
-            next_step="load it where you trust it and save_pretrained it: that writes safetensors",
-        )
+    if (directory / SINGLE).exists():
+        return dict(_read_header(directory / SINGLE))
+    index = directory / INDEX
+    refuse_pickles(directory)
     shard_of = read_index(index)
     stored: dict[str, OnDisk] = {}
     for shard in sorted(set(shard_of.values())):

@@ -35,9 +35,16 @@ def check_target(target: Path) -> None:
             where=str(target),
             next_step="remove it, or choose another folder; nothing is overwritten",
         )
-    above = target.absolute().parent
+    above = target.absolute()
     while not above.exists():
+        if above.is_symlink():  # To write there would make whatever it points to.
+            raise ArtifactError(
+                f"{above} is a link that leads nowhere",
+                where=str(target),
+                next_step="remove the link, or choose another folder",
+            )
         above = above.parent
+    above = target.absolute().parent if above == target.absolute() else above
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise ArtifactError(
             f"the folder cannot be written: {above} is no folder that you may write to",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -77,6 +78,10 @@ class CommandLine(typer.Typer):
 
     def run(self, arguments: Sequence[str]) -> NoReturn:
         """Runs a command line; always ends in SystemExit."""
+        # Names of files may hold what no encoding has: they are shown, not stumbled over.
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         options = arguments[: arguments.index("--")] if "--" in arguments else arguments
         with speaking(Manner(as_json="--json" in options)):
             if not manner().as_json:

@@ -72,7 +72,7 @@ def compile_command(
             from zeroskip.progress import without_loading_bars
             from zeroskip.recipe import dump_recipe, recipe_for, without_folders
             from zeroskip.recipe_overrides import overridden
-            from zeroskip.relocation import relocated, under
+            from zeroskip.relocation import check_inside, relocated, under
             from zeroskip.work_folder import (
                 PARTIAL,
                 STAGES,
@@ -92,6 +92,8 @@ def compile_command(
                 gates=gate or (),
                 evaluation=evaluation,
             )
+            for step in plan.passes:
+                check_inside(step)
             model = local_model(model)
             tokenizer = load_tokenizer(model)
             # Before inputs are read, which takes a while: a second run is refused at once.

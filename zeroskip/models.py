@@ -49,9 +49,13 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         if gguf:
             return AutoTokenizer.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, local_files_only=True
+                gguf.parent,
+                gguf_file=gguf.name,
+                local_files_only=True,
+                trust_remote_code=False,
             )
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        # Without a word about it, transformers asks on the terminal whether code is to run.
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     # Readers of damaged files raise struct.error, KeyError and others; the tokenizers library knows
     # only Exception itself.
     except Exception as error:
@@ -102,13 +106,24 @@ def _load_directory(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Loads the class that config.json names, so that encoders load as well as language models."""
     import transformers
 
+    from zeroskip.ir.checkpoint import INDEX, SINGLE, check_layers, read_index, refuse_pickles
+
+    refuse_pickles(path)
+    if not (path / SINGLE).exists():
+        read_index(path / INDEX)
+    safe = {"local_files_only": True, "trust_remote_code": False}
     try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-        names = config.architectures or []
-        classes = [getattr(transformers, name, None) for name in names]
-        loader = next(filter(None, classes), transformers.AutoModelForCausalLM)
-        model: PreTrainedModel = loader.from_pretrained(path, dtype=dtype, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(path, **safe)
+        check_layers(config, path)
+        classes = [getattr(transformers, str(name), None) for name in config.architectures or []]
+        known = (c for c in classes if isinstance(c, type) and hasattr(c, "from_pretrained"))
+        loader = next(known, transformers.AutoModelForCausalLM)
+        model: PreTrainedModel = loader.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, **safe
+        )
         return model
+    except ArtifactError:
+        raise
     # Whatever a file that is cut short makes transformers and safetensors raise (safetensors has an
     # exception of its own, a direct child of Exception) is one problem here: not a checkpoint.
     except Exception as error:
@@ -129,8 +144,13 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+    from zeroskip.ir.checkpoint import check_layers
+
     try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
+        )
+        check_layers(config, path)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, dtype=dtype
         )

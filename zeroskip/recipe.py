@@ -109,6 +109,11 @@ def loads_recipe(
         ) from error
     except yaml.YAMLError as error:
         raise RecipeError(f"The recipe is not YAML: {error}.", where=where) from error
+    except RecursionError as error:
+        raise RecipeError("The recipe is nested too deep.", where=where) from error
+    # Scalars with a tag that they do not fit: PyYAML lets the errors of int() and others through.
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        raise RecipeError(f"The recipe holds a malformed value: {error}.", where=where) from error
     return parse_recipe(document, where=where, pattern=pattern)
 
 

@@ -79,10 +79,19 @@ def densify(model_path: str | Path, out_path: str | Path, *, external_from: int 
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, (ArtifactError, OSError)):
             cause = cause.__cause__
-        raise cause or error from None
+        raise cause or _unreadable(error, source) from None
+    # What else a damaged model makes onnx_ir raise: it was read lazily, and is read now.
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise _unreadable(error, source) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return len(nodes)
+
+
+def _unreadable(error: Exception, source: Path) -> ArtifactError:
+    return ArtifactError(
+        f"the model cannot be read: {error}", where=str(source), next_step="export it again"
+    )
 
 
 def _is_sparse_linear(node: onnx_ir.Node) -> bool:

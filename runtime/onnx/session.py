@@ -80,6 +80,12 @@ class OnnxModel:
                 next_step="the file may be truncated or its .data file missing; export it again",
             ) from error
         inputs = self._session.get_inputs()
+        if odd := sorted({value.type for value in inputs} - DTYPES.keys()):
+            raise ArtifactError(
+                f"the model takes inputs of type {odd[0]}",
+                where=str(self.path),
+                next_step="export it with inputs of float32, float64, int32, int64 or bool",
+            )
         self._types = {value.name: DTYPES[value.type] for value in inputs}
         self.input_shapes: dict[str, list[int | str]] = {v.name: v.shape for v in inputs}
         self.inputs = tuple(self.input_shapes)
