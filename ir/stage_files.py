@@ -114,12 +114,11 @@ class StageFiles:
         problem = _problem_with(place, identity)
         if problem is None:
             return True
-        if problem:
-            warnings.warn(
-                f"the finished stage {place} cannot be used: {problem}; it and later ones are "
-                "computed again",
-                stacklevel=2,
-            )
+        warnings.warn(
+            f"the finished stage {place} cannot be used: {problem}; it and later ones are "
+            "computed again",
+            stacklevel=2,
+        )
         self._remove_from(place.name)
         return False
 
@@ -281,7 +280,7 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _problem_with(folder: Path, identity: str) -> str | None:
-    """Why a stage cannot be used, empty where it is simply one of something else; None: it can."""
+    """Why a stage cannot be used; None: it can."""
     try:
         lines = (folder / _SUMS).read_text(encoding="utf-8").splitlines()
         sums = dict(reversed(line.split("  ", 1)) for line in lines)
@@ -291,7 +290,9 @@ def _problem_with(folder: Path, identity: str) -> str | None:
         record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return str(error)
-    return None if record["identity"] == identity else ""
+    if record["identity"] == identity:
+        return None
+    return "it was made from something else (recipe, model, calibration, version or threads)"
 
 
 def _digest(path: Path) -> str:

@@ -122,6 +122,9 @@ def _lock(place: Path, out: Path) -> int:
                     where=str(out),
                     next_step="wait until it ends, or choose another folder",
                 ) from error
+            with contextlib.suppress(OSError):  # Nothing else is in it, or it stays.
+                path.unlink()
+                place.rmdir()
             raise _unusable(place, error) from error
         os.close(lock)
 

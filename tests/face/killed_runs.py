@@ -1,0 +1,82 @@
+"""A process that has imported everything, forks one child for each compilation, and kills some.
+
+Reads one JSON object a line from standard input, answers with one a line. The model is captured once,
+here: children begin with the passes, which is where stages are finished and files are written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def prepare(model: Path, text: Path) -> None:
+    import torch
+
+    import zeroskip.compile
+    from zeroskip.calibration import calibration_from_text
+    from zeroskip.compile_key import code_digest
+    from zeroskip.ir.program import Program
+    from zeroskip.models import load_tokenizer
+
+    torch.set_num_threads(1)  # No threads, so that a fork is a whole process.
+    code_digest()
+    batches = calibration_from_text(text, load_tokenizer(model), samples=4, sequence_length=16)
+    program = zeroskip.compile.open_program(model, None, batches)
+
+    def captured(*_: object) -> Program:
+        return program
+
+    zeroskip.compile.open_program = captured
+
+
+def compile_and_exit(request: dict[str, Any]) -> None:
+    from zeroskip.cli import main
+
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 70
+    try:
+        main(request["arguments"])
+    except SystemExit as ending:
+        code = int(ending.code or 0)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def run(request: dict[str, Any]) -> dict[str, Any]:
+    started = time.perf_counter()
+    child = os.fork()
+    if child == 0:
+        compile_and_exit(request)
+    deadline = started + request["delay"]
+    status = 0
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        if time.perf_counter() >= deadline:
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+            break
+        time.sleep(0.001)
+    killed = os.WIFSIGNALED(status)
+    return {
+        "killed": killed,
+        "code": None if killed else os.WEXITSTATUS(status),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+if __name__ == "__main__":
+    prepare(Path(sys.argv[1]), Path(sys.argv[2]))
+    for line in sys.stdin:
+        print(json.dumps(run(json.loads(line))), flush=True)
