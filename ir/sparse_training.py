@@ -175,8 +175,12 @@ def _step(parameters: TrainedParameters, loss: Loss, batches: Sequence[int]) -> 
 
 
 def _warm_cosine(steps: int) -> Callable[[int], float]:
-    """Up within the first twentieth of the steps, then down to zero along half a cosine."""
-    warm = max(steps // 20, 1)
+    """Up within the first tenth of the steps, then down to zero along half a cosine.
+
+    The first steps of Adam have the full size whatever the gradients are: without a slow start they
+    undo what pruners and trainers before them did.
+    """
+    warm = max(steps // 10, 1)
 
     def factor(step: int) -> float:
         return min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * min(step / steps, 1.0)))

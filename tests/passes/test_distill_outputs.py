@@ -12,7 +12,7 @@ from tests.small import small_model, small_program
 from tests.zoo import ZOO
 from zeroskip import compile_sparse
 from zeroskip.ir.capture import capture
-from zeroskip.ir.distillation import OutputDivergence
+from zeroskip.ir.distillation import OutputDivergence, _InTwoParts
 from zeroskip.ir.errors import CalibrationError, CompileError, RequirementError
 from zeroskip.ir.facts import SparseWeights
 from zeroskip.ir.linears import find_linears
@@ -53,6 +53,24 @@ def test_the_divergence_is_that_of_the_textbook(name: str) -> None:
     for index, batch in enumerate(batches):
         expected = divergence(program, pruned, batch)
         assert float(measured(index, {})) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_the_dense_program_runs_once_where_memory_allows(name: str) -> None:
+    """Runs in two parts give the bytes that a run of the whole gives, remembered or not."""
+    program, batches = program_of(name)
+    all_of_them = _InTwoParts(program, 2**30)
+    some = _InTwoParts(program, 3 * 2 * 20 * 32 * 4)
+    for dense in (all_of_them, some):
+        for _ in range(2):
+            for index, batch in enumerate(batches):
+                found, wanted = dense.run(index, batch), program.run(batch)
+                assert list(found) == list(wanted)
+                for output in wanted:
+                    assert torch.equal(found[output], wanted[output]), output
+    if name == "llama":
+        assert len(all_of_them._between) == len(batches)
+        assert 0 < len(some._between) < len(batches)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
