@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import torch
 
     from zeroskip.recipe import Recipe
+    from zeroskip.recipe_document import CalibrationOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "smollm2-135m-instruct"
@@ -149,7 +150,9 @@ def in_a_process(arguments: argparse.Namespace, method: str, pattern: str) -> Ro
     command += ["--max-tokens", str(arguments.max_tokens), "--window", str(arguments.window)]
     command += ["--threads", str(arguments.threads)] if arguments.threads else []
     command += ["--tiny"] if arguments.tiny else []
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    # Threads that wait for each other in a loop would count as work, and on a busy machine as most.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
     if done.returncode:
         return {"method": method, "pattern": pattern, "note": f"ended with code {done.returncode}"}
     row: Row = json.loads(done.stdout.splitlines()[-1])
@@ -163,6 +166,7 @@ def measure(arguments: argparse.Namespace) -> Row:
     from zeroskip import compile_sparse, perplexity
     from zeroskip.ir.errors import PatternError
     from zeroskip.presets import PRESETS
+    from zeroskip.recipe_document import CalibrationOptions
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -171,11 +175,17 @@ def measure(arguments: argparse.Namespace) -> Row:
     recipe = recipe_of(method, pattern)
     if isinstance(recipe, str):
         return {**row, "note": recipe}
+    options = CalibrationOptions(arguments.samples, arguments.sequence_length)
     if method in PRESETS and recipe is not None:
-        arguments.samples = recipe.calibration.samples
-        arguments.sequence_length = recipe.calibration.sequence_length
-    model, calibration, texts = case(arguments)
-    row["calibration"] = f"{arguments.samples} x {arguments.sequence_length}"
+        options = recipe.calibration
+    started = time.perf_counter(), time.process_time()
+    model, calibration, texts = case(arguments, options)
+    row["calibration"] = f"{options.samples} x {options.sequence_length}"
+    if options.generated:
+        row["calibration"] += f" + {options.generated} generated"
+        # Loading is in it too, which takes next to nothing.
+        row["generating_seconds"] = time.perf_counter() - started[0]
+        row["generating_cpu_seconds"] = time.process_time() - started[1]
     loaded = peak_bytes()
     if recipe is not None:
         started = time.perf_counter(), time.process_time()
@@ -200,7 +210,7 @@ def measure(arguments: argparse.Namespace) -> Row:
 
 
 def case(
-    arguments: argparse.Namespace,
+    arguments: argparse.Namespace, options: CalibrationOptions
 ) -> tuple[torch.nn.Module, list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
     """A model, calibration windows, and the evaluation texts as tokens."""
     import torch
@@ -214,17 +224,12 @@ def case(
         tokens = torch.randint(96, (6, 1, 24))
         batches = [{"input_ids": t, "attention_mask": torch.ones_like(t)} for t in tokens]
         return LlamaForCausalLM(config).eval(), batches, {"random": torch.randint(96, (64,))}
-    from zeroskip import calibration_from_text
+    from zeroskip.calibration import calibration_for
     from zeroskip.evaluate import encode
     from zeroskip.models import load_model
 
     model, tokenizer = load_model(arguments.model)
-    batches = calibration_from_text(
-        arguments.calibration,
-        tokenizer,
-        samples=arguments.samples,
-        sequence_length=arguments.sequence_length,
-    )
+    batches = calibration_for(options, arguments.calibration, tokenizer, lambda: model)
     texts = {}
     for entry in arguments.evaluate:
         name, _, path = entry.partition("=")
