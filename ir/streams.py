@@ -106,7 +106,8 @@ class Stream(Sequence[Batch]):
             raise ArtifactError(
                 f"cannot write activations to disk: {error}",
                 where=str(self._folder or self._parent or tempfile.gettempdir()),
-                next_step="free disk space, set TMPDIR to a larger disk, or raise `memory`",
+                next_step="free disk space, or raise `memory`"
+                + ("" if self._parent else ", or set TMPDIR to a larger disk"),
             ) from error
         return path
 
