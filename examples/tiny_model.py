@@ -24,14 +24,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
-def write_tiny_model(folder: Path) -> None:
-    """Writes a Hugging Face directory: two layers, hidden size 64, the same weights each time."""
+def write_tiny_model(folder: Path, layers: int = 2) -> None:
+    """Writes a Hugging Face directory: hidden size 64, the same weights each time."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256,
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,

@@ -63,7 +63,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with a tiny model, where the examples of CI expect it, and a recipe."""
     project = tmp_path_factory.mktemp("project")
     names = runpy.run_path(str(EXAMPLES / "tiny_model.py"))
-    names["write_tiny_model"](project / "model")
+    names["write_tiny_model"](project / "model", layers=1)
     (project / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
     return project
 
