@@ -68,7 +68,7 @@ _PARTS = (
     *(Mask, Member, NM, Outcome, Permutation, Reconstruction, Refusal, ScaleGroup, Shift, Steering),
     *(Unstructured, ValueFormat),
 )
-CLASSES: dict[str, type] = {cls.__name__: cls for cls in (*FACTS, *_WRAPPERS, *_PARTS)}
+CLASSES: dict[str, Any] = {cls.__name__: cls for cls in (*FACTS, *_WRAPPERS, *_PARTS)}
 _PLAIN = (bool, int, str, type(None))
 
 

@@ -245,24 +245,26 @@ def _write(
 def _read(folder: Path, before: Program) -> FinishedStage:
     try:
         record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-        tensors = _load(folder / _FACTS)
-    except (OSError, ValueError, SafetensorError) as error:
+        return _decode(record, folder, before)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ArtifactError(
-            f"a finished stage cannot be read: {error}",
+            f"a finished stage cannot be read: {error!r}",
             where=str(folder),
             next_step="remove it, and run again",
         ) from error
+
+
+def _decode(record: Mapping[str, Any], folder: Path, before: Program) -> FinishedStage:
     plain = Decoder([], {}, {}, {})
     sources: dict[str, Source] = {
         name: OnDisk(folder / _WEIGHTS, name, *map(plain.decode, described))
         for name, described in record["sources"].items()
     }
-    decoder = Decoder(record["objects"], tensors, sources, _known(before))
+    decoder = Decoder(record["objects"], _load(folder / _FACTS), sources, _known(before))
     weights = {name: decoder.decode(value) for name, value in record["weights"].items()}
-    kinds = {kind.__name__: kind for kind in (*before.facts, *FACTS)}
-    facts: dict[type[Fact], Fact] = {
-        kinds[name]: decoder.decode(value) for name, value in record["facts"].items()
-    }
+    kinds: dict[str, type[Fact]] = {kind.__name__: kind for kind in before.facts}
+    kinds.update({kind.__name__: kind for kind in FACTS})
+    facts = {kinds[name]: decoder.decode(value) for name, value in record["facts"].items()}
     program = decode_graph(before, record["graph"], weights)
     dense = program.dense
     if record["is_first_lossy"]:
@@ -283,7 +285,7 @@ def _problem_with(folder: Path, identity: str) -> str | None:
     """Why a stage cannot be used; None: it can."""
     try:
         lines = (folder / _SUMS).read_text(encoding="utf-8").splitlines()
-        sums = dict(reversed(line.split("  ", 1)) for line in lines)
+        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
         for name in (_FACTS, _WEIGHTS, _RECORD):
             if sums.get(name) != _digest(folder / name):
                 return f"{name} is not what was written"

@@ -78,8 +78,25 @@ def work_folder(out: Path) -> Iterator[Path]:
         ArtifactError: Another process works there, or it cannot be written.
     """
     check_target(out)
-    parent = Path(os.path.realpath(out.absolute().parent))
-    place = parent / f".{out.absolute().name}.work"
+    with _locked(out) as place:
+        yield place
+
+
+def remove_leftovers(out: Path) -> None:
+    """Removes the work folder of a run that was stopped when all but this was done."""
+    if _place(out).exists():
+        with contextlib.suppress(ArtifactError), _locked(out):
+            pass
+
+
+def _place(out: Path) -> Path:
+    # The folder itself, whatever links lead to it: one name for one lock.
+    return Path(os.path.realpath(out.absolute().parent)) / f".{out.absolute().name}.work"
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[Path]:
+    place = _place(out)
     lock = _lock(place, out)
     try:
         yield place

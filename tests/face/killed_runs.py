@@ -19,6 +19,11 @@ def prepare(model: Path, text: Path) -> None:
     import torch
 
     import zeroskip.compile
+
+    # What a child would import anew each time.
+    import zeroskip.elastic
+    import zeroskip.report_page
+    import zeroskip.runtime.onnx.export
     from zeroskip.calibration import calibration_from_text
     from zeroskip.compile_key import code_digest
     from zeroskip.ir.program import Program
