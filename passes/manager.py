@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from zeroskip.ir import process_group
 from zeroskip.ir.errors import RequirementError
 from zeroskip.ir.facts import Fact
 from zeroskip.ir.linears import find_linears
 from zeroskip.ir.memory import return_freed_memory
 from zeroskip.ir.partition import Stage, find_stages
 from zeroskip.ir.program import Batch, Program
+from zeroskip.ir.shared_streams import SharedStream, own_batches
 from zeroskip.ir.stage_files import StageFiles
 from zeroskip.ir.stages import Restricted, extract_stage, merge_facts, stitch_stages
 from zeroskip.ir.streams import Stream, parse_bytes
@@ -78,7 +80,9 @@ class PassManager:
                 warnings.warn(text, stacklevel=2)
         verify(program)
         if self.files is not None:
-            self.files.prepare()
+            if process_group.is_first():
+                self.files.prepare()
+            process_group.wait_for_all()
         records = [PassRecord(p.name, _options(p)) for p in self.passes]
         started = time.perf_counter()
         stage_names: list[str] = []
@@ -144,8 +148,8 @@ class PassManager:
         budget = parse_bytes(self.memory) // (2 if two else 1)
         folder = None if self.files is None else self.files.folder
         with (
-            Stream(batches, budget, folder) as stream,
-            Stream(batches if two else (), budget, folder) as dense,
+            SharedStream(batches, budget, folder) as stream,
+            SharedStream(batches if two else (), budget, folder) as dense,
         ):
             for k, stage in enumerate(stages[: last + 1]):
                 part = extract_stage(current, stage, stream)
@@ -254,8 +258,8 @@ def _commit(current: Program, before: Program, part: Program) -> Program:
 def _propagate(part: Program, stream: Stream, run: Callable[[Batch], Batch] | None = None) -> None:
     """Runs a stage, as it is or by a function, on every batch of a stream, which it adds its outputs to."""
     run = run or part.loaded().run
-    for index in range(len(stream)):
-        stream.write(index, run({name: stream[index][name] for name in part.inputs}))
+    for index, batch in own_batches(stream):
+        stream.write(index, run({name: batch[name] for name in part.inputs}))
 
 
 def check_requirements(passes: Sequence[Pass], known: frozenset[type[Fact]]) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import torch
+
+from zeroskip.ir import process_group
 from zeroskip.ir.program import Program
 from zeroskip.ir.stage_files import StageFiles
 from zeroskip.passes.base import Pass, graph_text
@@ -58,6 +61,10 @@ class Journal:
 
     def count_finished(self) -> int:
         """Returns how many parts of this run are on disk, from the first on without a gap."""
+        found = self._count() if process_group.is_first() else 0
+        return int(process_group.from_owner(torch.tensor([found]), 0))
+
+    def _count(self) -> int:
         if self._files is None:
             return 0
         for part in range(len(self.parts)):
@@ -84,11 +91,17 @@ class Journal:
         self.note(notes)
         if self._files is None or not self._keeps:
             return after
-        number = (self._run, part)
-        steps = [dataclasses.asdict(note) for note in notes]
-        finished = self._files.write(number, self._identity, before, after, steps)
-        self._keeps = finished is not None
-        return after if finished is None else finished.program
+        number, program = (self._run, part), after
+        if process_group.is_first():
+            steps = [dataclasses.asdict(note) for note in notes]
+            finished = self._files.write(number, self._identity, before, after, steps)
+            self._keeps = finished is not None
+            program = after if finished is None else finished.program
+        self._keeps = bool(process_group.from_owner(torch.tensor([self._keeps]), 0))
+        if self._keeps and not process_group.is_first():
+            # What the first process wrote, so that all go on with the same bits.
+            program = self._files.read(number, before).program
+        return program
 
     def note(self, notes: Sequence[PassNote]) -> None:
         """Puts down what the passes of this run did on a part."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ def run_processes(count: int, folder: Path, work: Callable[..., Any], *arguments
     written to `folder/rank.txt`, and printed by the test that fails.
     """
     context = multiprocessing.get_context("fork")
-    store = folder / "store"
+    store = Path(tempfile.mkdtemp(dir=folder)) / "store"
     processes = [
         context.Process(target=_enter, args=(rank, count, store, folder, work, arguments))
         for rank in range(count)
