@@ -24,7 +24,11 @@ def read_text(path_or_text: str | Path, error: type[CompileError]) -> str:
         try:
             text = path.read_bytes().decode("utf-8")
         except OSError as problem:
-            raise error(f"The text cannot be read: {problem.strerror}.", where=where) from problem
+            raise error(
+                f"The text cannot be read: {problem.strerror}.",
+                where=where,
+                next_step="Give the path of a UTF-8 text file.",
+            ) from problem
         except UnicodeDecodeError as problem:
             raise error(
                 f"The text is not UTF-8: byte {problem.start} cannot be decoded.",
@@ -32,7 +36,7 @@ def read_text(path_or_text: str | Path, error: type[CompileError]) -> str:
                 next_step="Convert the file to UTF-8, for instance with iconv.",
             ) from problem
     if not text.strip():
-        raise error("The text is empty.", where=where)
+        raise error("The text is empty.", where=where, next_step="Give one with words in it.")
     return text
 
 
