@@ -62,7 +62,7 @@ def compile_command(
     with ExitStack() as stack:
         with refusing_inputs():
             from zeroskip.compile_key import artefact_key, files_digest
-            from zeroskip.gates import prepare_gates
+            from zeroskip.gates import check_decidable, prepare_gates
             from zeroskip.hub import local_model
             from zeroskip.ir.folders import aside_of, new_folder, set_aside
             from zeroskip.ir.stage_files import StageFiles
@@ -78,6 +78,7 @@ def compile_command(
                 STAGES,
                 is_complete,
                 is_up_to_date,
+                remove_leftovers,
                 work_folder,
             )
 
@@ -94,6 +95,7 @@ def compile_command(
             )
             for step in plan.passes:
                 check_inside(step)
+            check_decidable(plan.gates, plan.passes)
             model = local_model(model)
             tokenizer = load_tokenizer(model)
             # Before inputs are read, which takes a while: a second run is refused at once.
@@ -101,6 +103,7 @@ def compile_command(
             inputs = inputs_of(model, recipe, calibration, plan)
             key = artefact_key(without_folders(plan), inputs)
             if is_up_to_date(out, key):
+                remove_leftovers(out)
                 _say_up_to_date(out, as_json, quiet)
                 return
             work = work or stack.enter_context(work_folder(out))
@@ -110,7 +113,8 @@ def compile_command(
             folder = stack.enter_context(new_folder(out, work / PARTIAL))
         from zeroskip.compile import compile_sparse
         from zeroskip.elastic import write_if_elastic
-        from zeroskip.gates import check_gates, describe_failures, lasting
+        from zeroskip.gate_result import describe_failures, lasting
+        from zeroskip.gates import check_gates
         from zeroskip.manifest import write_manifest
         from zeroskip.passes import DumpPrograms
         from zeroskip.progress import StepLog

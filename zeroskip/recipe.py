@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from zeroskip.gate_options import Gates
-from zeroskip.ir.errors import CompileError, RecipeError
+from zeroskip.ir.errors import CompileError, PatternError, RecipeError
+from zeroskip.ir.patterns import parse_pattern
 from zeroskip.passes import PASSES
 from zeroskip.recipe_document import MEMORY, Budget, CalibrationOptions, RecipeDocument
 from zeroskip.recipe_options import (
@@ -140,6 +141,8 @@ def parse_recipe(document: object, *, where: str = "recipe", pattern: str | None
         )
     # The passes are read below, where a shorthand can be put into them.
     top = RecipeDocument(**read_options(RecipeDocument, {**document, "passes": []}, where, None))
+    _check_pattern(top.pattern, f"{where}, option pattern")
+    _check_pattern(pattern, "--pattern")
     shorthand = Shorthand(pattern or top.pattern, top.targets, top.ignore, top.seed)
     passes = [_pass(entry, f"{where}, passes[{i}]", shorthand) for i, entry in enumerate(entries)]
     shorthand.check_used(where)
@@ -227,6 +230,14 @@ def _written(section: Any, defaults: bool) -> dict[str, Any]:
 
 def _is_section(section: Any, name: str) -> bool:
     return section_of(options_of(type(section))[name][1]) is not None
+
+
+def _check_pattern(pattern: str | None, where: str) -> None:
+    try:
+        if pattern is not None:
+            parse_pattern(pattern)
+    except PatternError as error:
+        raise RecipeError(f"{error.problem}.", where=where, next_step=error.next_step) from error
 
 
 def _pass(entry: object, where: str, shorthand: Shorthand) -> Pass:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zeroskip.ir.errors import RecipeError
-from zeroskip.ir.patterns import parse_pattern
 from zeroskip.recipe_options import options_of, pattern_options
 
 
@@ -27,10 +26,6 @@ class Shorthand:
     ignore: tuple[str, ...] = ()
     seed: int | None = None
     _used: set[str] = field(default_factory=set, init=False)
-
-    def __post_init__(self) -> None:
-        if self.pattern is not None:
-            parse_pattern(self.pattern)
 
     def fill(self, cls: type[Any], given: Mapping[Any, object]) -> dict[Any, object]:
         """Returns the options of a pass with what it was not given."""
