@@ -7,6 +7,7 @@ codes are in `zeroskip.exits`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -74,9 +75,11 @@ def export_command(
         _exported(out, f"{count} packed linears are dense in {out}", as_json, unpacked=count)
         return
     with refusing_inputs():
+        from zeroskip.hub import local_model
         from zeroskip.ir.folders import check_target
 
         check_target(out)
+        source = local_model(source)
     export_checkpoint(source, out)
     _exported(out, str(out), as_json)
 
@@ -106,11 +109,12 @@ def eval_command(
 
     with refusing_inputs():
         from zeroskip.evaluate import encode, perplexity
+        from zeroskip.hub import local_model
         from zeroskip.progress import without_loading_bars
         from zeroskip.targets import load_target
 
         with without_loading_bars(as_json):
-            loaded, tokenizer = load_target(target)
+            loaded, tokenizer = load_target(local_model(target))
         tokens = encode(text, tokenizer, max_tokens)
     result = perplexity(
         loaded,
@@ -192,10 +196,12 @@ def tune_command(
                 where=str(directory),
                 next_step="pass the folder that the ONNX export wrote",
             )
+    from zeroskip.manifest_changes import recording
     from zeroskip.runtime.machine import available_cores
     from zeroskip.runtime.onnx.tune import tune_folder
 
-    with progress_bar(manner().shows_progress) as progress:
+    changes = contextlib.nullcontext() if dry_run else recording(directory.absolute(), "tune")
+    with changes, progress_bar(manner().shows_progress) as progress:
         tuned = tune_folder(
             directory,
             m_values=m_values,

@@ -141,7 +141,10 @@ def curve_command(
             threads=threads,
             report=report,
         )
-        write_manifest(manifest, artefact)
+        from zeroskip.manifest_changes import recording
+
+        with recording(artefact.absolute(), "curve", only="elastic.json"):
+            write_manifest(manifest, artefact)
     typer.echo(_json(manifest) if as_json else _table(manifest))
 
 

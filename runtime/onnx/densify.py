@@ -55,12 +55,17 @@ def densify(model_path: str | Path, out_path: str | Path, *, external_from: int 
         raise ArtifactError(
             f"the model cannot be read: {error}", where=str(source), next_step="export it again"
         ) from error
-    nodes = [node for node in model.graph.all_nodes() if _is_sparse_linear(node)]
-    for node in nodes:
-        _replace(model, node)
-    _remove_operator(model)
-    tensors = [value.const_value for value in model.graph.initializers.values()]
-    size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    try:
+        nodes = [node for node in model.graph.all_nodes() if _is_sparse_linear(node)]
+        for node in nodes:
+            _replace(model, node)
+        _remove_operator(model)
+        tensors = [value.const_value for value in model.graph.initializers.values()]
+        size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    except ArtifactError:
+        raise
+    except Exception as error:
+        raise _unreadable(error, source) from error
     external = size > min(external_from, PROTOBUF_LIMIT)
 
     work = target.with_name(f".{target.name}.{os.getpid()}")
@@ -74,23 +79,27 @@ def densify(model_path: str | Path, out_path: str | Path, *, external_from: int 
         # The model comes last: whoever sees it finds its data.
         for name in (data.name, target.name) if external else (target.name,):
             os.replace(work / name, target.with_name(name))
-    except onnx_ir.serde.SerdeError as error:
-        # What a lazy tensor raises comes wrapped once for every level of the file.
+    except ArtifactError:
+        raise
+    # A damaged model is read here, lazily: onnx_ir raises whatever its numbers lead to, wrapped once
+    # for every level of the file.
+    except Exception as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, (ArtifactError, OSError)):
             cause = cause.__cause__
-        raise cause or _unreadable(error, source) from None
-    # What else a damaged model makes onnx_ir raise: it was read lazily, and is read now.
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise _unreadable(error, source) from error
+        if isinstance(cause, ArtifactError):
+            raise cause from None
+        raise _unreadable(cause or error, source) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return len(nodes)
 
 
-def _unreadable(error: Exception, source: Path) -> ArtifactError:
+def _unreadable(error: BaseException, source: Path) -> ArtifactError:
     return ArtifactError(
-        f"the model cannot be read: {error}", where=str(source), next_step="export it again"
+        f"the model cannot be read, or written anew: {error}",
+        where=str(source),
+        next_step="export it again, or free space where it is to go",
     )
 
 

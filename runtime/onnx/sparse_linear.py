@@ -242,8 +242,19 @@ def to_tensor(proto: TensorProto, folder: str | Path = "") -> torch.Tensor:
     Args:
         proto: Of a type that SparseLinear takes.
         folder: Where external data lies.
+
+    Raises:
+        ArtifactError: Its data is not there, or does not fit its shape and type.
     """
-    array = numpy_helper.to_array(proto, str(folder))
+    try:
+        array = numpy_helper.to_array(proto, str(folder))
+    # A damaged file makes onnx raise whatever its numbers lead to, errors of its own among them.
+    except Exception as error:
+        raise ArtifactError(
+            f"the constant cannot be read: {error}",
+            where=proto.name,
+            next_step="export the model again",
+        ) from error
     if proto.data_type == TensorProto.BFLOAT16:  # numpy has no such type of its own
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
     return torch.from_numpy(np.array(array))

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.face.artefacts import run, sign_anew
 from zeroskip.manifest import LinearRecord, read_manifest
+from zeroskip.manifest_changes import recording
 from zeroskip.verify import Verification, verify_artefact
 from zeroskip.verify_weights import _limit, linear_problem
 
@@ -389,3 +390,42 @@ def test_a_file_does_not_steer_the_terminal() -> None:
     found = Verification()
     found.add("a\x1b[31m\n.txt", "extra", "it \x07rings")
     assert all(line.isprintable() for line in _lines(found))
+
+
+# Commands that change an artefact on purpose
+
+
+def test_what_a_command_changed_is_recorded(artefact: Path) -> None:
+    before = read_manifest(artefact)
+    with recording(artefact / "onnx", "tune"):
+        edit_onnx(artefact, lambda model: setattr(model, "producer_name", "another"))
+        (artefact / "onnx" / "zeroskip_tune.json").write_text("{}", encoding="utf-8")
+        (artefact / "onnx" / "zeroskip_parity.json").unlink()
+    assert kinds(artefact) == {}
+    after = read_manifest(artefact)
+    assert after.changed_by == ["tune"]
+    assert after.content_sha256 != before.content_sha256
+    assert after.files.keys() ^ before.files.keys() == {
+        "onnx/zeroskip_tune.json", "onnx/zeroskip_parity.json",
+    }  # fmt: skip
+    with recording(artefact, "curve", only="recipe.yaml"):
+        (artefact / "recipe.yaml").write_text("passes: [observe]\n", encoding="utf-8")
+        (artefact / "onnx" / "config.json").write_text("{}", encoding="utf-8")
+    assert kinds(artefact) == {"onnx/config.json": "truncated"}
+
+
+def test_damage_stays_damage_whatever_command_runs(artefact: Path) -> None:
+    (artefact / "onnx" / "config.json").write_text("{}", encoding="utf-8")
+    with recording(artefact / "onnx", "tune"):
+        edit_onnx(artefact, lambda model: setattr(model, "producer_name", "another"))
+    assert read_manifest(artefact).changed_by == []
+    assert set(kinds(artefact)) == {"onnx/config.json", "onnx/model.onnx"}
+
+
+def test_a_command_that_fails_records_nothing(artefact: Path, tmp_path: Path) -> None:
+    before = (artefact / "manifest.json").read_bytes()
+    with pytest.raises(ZeroDivisionError), recording(artefact / "onnx", "tune"):
+        raise ZeroDivisionError
+    assert (artefact / "manifest.json").read_bytes() == before
+    with recording(tmp_path / "elsewhere", "tune"):
+        pass
