@@ -48,6 +48,7 @@ def sensitivity_command(
         from zeroskip.batches import check_batches
         from zeroskip.calibration import calibration_from_text
         from zeroskip.compile import open_program
+        from zeroskip.hub import local_model
         from zeroskip.ir.folders import check_target
         from zeroskip.ir.selection import check_selection
         from zeroskip.ir.streams import parse_bytes
@@ -66,6 +67,7 @@ def sensitivity_command(
         if out is not None:
             check_target(out)
         with without_loading_bars(as_json):
+            model = local_model(model)
             tokenizer = load_tokenizer(model)
             batches = calibration_from_text(
                 calibration,
