@@ -66,8 +66,11 @@ class Runs:
         options = [str(word) for pair in given.items() for word in pair]
         return ["compile", str(self.folder / "dense"), *options, "--quiet"]
 
-    def run(self, recipe: str, out: Path, delay: float = 600) -> dict[str, Any]:
+    def run(
+        self, recipe: str, out: Path, delay: float = 600, after: Path | str = ""
+    ) -> dict[str, Any]:
         request = {
+            "after": str(after),
             "arguments": self.arguments(recipe, out),
             "delay": delay,
             "log": str(self.folder / "log"),
@@ -89,7 +92,7 @@ def runs(
 ) -> Iterator[Runs]:
     folder = tmp_path_factory.mktemp("runs")
     torch.manual_seed(0)
-    sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
     LlamaForCausalLM(config).save_pretrained(folder / "dense")
     tokenizer.save_pretrained(folder / "dense")
@@ -144,7 +147,10 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(recipe: str, runs: R
         work = out.parent / f".{out.name}.work"
         while kills < wanted:
             resumed += any((work / "stages").glob("[0-9]*"))
-            answer = runs.run(recipe, out, delay=moments.uniform(0, first["seconds"]))
+            # Every other one at any moment of all, and of what comes behind the first stage.
+            after, share = (work / "stages", 0.5) if kills % 2 else ("", 1)
+            delay = moments.uniform(0, share * first["seconds"])
+            answer = runs.run(recipe, out, delay, after)
             if not answer["killed"]:
                 break
             kills += 1
