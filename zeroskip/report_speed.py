@@ -20,6 +20,16 @@ _DECIMAL = re.compile(r"\d+\.\d+")
 def speed_verdict(linears: Linears) -> tuple[str, str, str]:
     """Returns whether the zeros pay: `good`, `bad` or ``; a few words; and a sentence."""
     judged = [each for each in linears if each.get("verdict")]
+    forced = [each for each in linears if each["note"].startswith("zeroskip::")]
+    if forced and not judged:
+        return (
+            "",
+            "not measured",
+            (
+                f"{len(forced)} linears run sparse because the recipe says so, fast or not. "
+                "`zeroskip bench` measures whether that pays."
+            ),
+        )
     if not judged:
         return (
             "",

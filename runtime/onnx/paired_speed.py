@@ -189,6 +189,7 @@ def make_feeds(session: onnxruntime.InferenceSession, tokens: int) -> tuple[dict
             for i, dim in enumerate(value.shape)
         ]
         dtype = DTYPES[value.type]
+        array: np.ndarray[Any, Any]
         if np.issubdtype(dtype, np.floating):
             array = generator.standard_normal(shape)
         elif "mask" in value.name:
@@ -223,5 +224,5 @@ def _distance(first: Mapping[str, Any], second: Mapping[str, Any]) -> float:
         a, b = first[name].astype(np.float64), second[name].astype(np.float64)
         if a.shape != b.shape:
             return float("inf")
-        distances.append(float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30)))
+        distances.append(float(np.linalg.norm(a - b)) / max(float(np.linalg.norm(b)), 1e-30))
     return max(distances)

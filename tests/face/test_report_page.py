@@ -167,6 +167,12 @@ def test_every_linear_that_stays_dense_has_its_reason(tmp_path: Path) -> None:
     assert "1 of 3 linears run sparse, 1.10x to 1.80x as fast as dense" in words
 
 
+def test_what_was_lowered_unasked_is_not_called_fast() -> None:
+    class_, value, words = speed_verdict([linear(0, "x", note="zeroskip::sparse_linear")])
+    assert (class_, value) == ("", "not measured")
+    assert "1 linears run sparse because the recipe says so" in words
+
+
 @pytest.mark.parametrize(
     ("verdicts", "class_", "words"),
     [
