@@ -1,17 +1,21 @@
-"""`zeroskip inspect --scales`: readable for many layers, complete as JSON, and silent on errors."""
+"""`zeroskip inspect`: readable for many layers, complete as JSON, and silent on errors."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from transformers import LlamaForCausalLM
 
+from tests.face.test_bench_command import write_packed
 from tests.face.test_cli import run
 from tests.face.test_models import write_gguf
 from zeroskip.ir.scale_groups import Consumer, Refusal, ScaleGroup, ScaleGroups, Shift
+from zeroskip.runtime.eligibility import explain_tensorrt_shape
 from zeroskip.scale_table import scales_json, scales_table
 
 
@@ -118,4 +122,112 @@ def test_what_cannot_be_inspected(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert str(tmp_path / "absent") in err
     code, out, err = run(capsys, "inspect", tmp_path)
     assert (code, out) == (2, "")
-    assert "add --scales" in err
+    assert "no config.json" in err
+
+
+def test_the_summary_says_what_could_run_where(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path
+) -> None:
+    code, out, err = run(capsys, "inspect", checkpoint)
+    assert code == 0, err
+    lines = out.splitlines()
+    assert lines[0] == "LlamaForCausalLM: 34,976 parameters, 137 KiB (float32)"
+    assert lines[1].endswith("input_ids, attention_mask -> logits")
+    assert "15 linears" in lines[2]
+    assert "pruners take 14" in lines[2]
+    assert "model.layers.0-1" in lines[3]
+    (up,) = [line for line in lines if line.startswith("model.layers.0-1.mlp.up_proj.weight")]
+    cells = [cell.strip() for cell in up.split("  ") if cell.strip()]
+    assert cells[1:] == ["x 2", "64 x 32", "float32", "yes", "yes", "no", "yes"]
+    (head,) = [line for line in lines if line.startswith("lm_head.weight")]
+    assert "no: output head" in head
+    assert "not cuda 2:4: its weight is float32; the kernels take float16 and bfloat16 (15" in out
+
+
+def test_the_summary_as_json_and_of_an_artefact(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path
+) -> None:
+    artefact = tmp_path / "artefact"
+    artefact.mkdir()
+    checkpoint.rename(artefact / "checkpoint")
+    code, out, err = run(capsys, "inspect", artefact, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert (found["parameters"], found["bytes"]) == (34976, 4 * 34976)
+    assert found["dtypes"] == {"float32": 34976}
+    assert len(found["linears"]) == 15
+    first = found["linears"][0]
+    assert first["name"] == "model.layers.0.self_attn.q_proj.weight"
+    assert (first["shape"], first["role"], first["prunable"]) == ([32, 32], None, True)
+    assert first["stage"] == "model.layers.0"
+    assert first["targets"]["onnxruntime-cpu"] is None
+    assert "float32" in first["targets"]["cuda 2:4"]
+
+
+def test_shapes_decide_what_a_gpu_could_do() -> None:
+    assert explain_tensorrt_shape((64, 32)) is None
+    assert "not a multiple of 4" in str(explain_tensorrt_shape((64, 30)))
+    assert "multiples of 8 rows and 16 columns" in str(explain_tensorrt_shape((64, 24)))
+
+
+def test_an_onnx_folder_says_what_is_packed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = write_packed(tmp_path / "onnx")
+    code, out, err = run(capsys, "inspect", folder, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    (linear,) = found["linears"]
+    assert (linear["name"], linear["shape"], linear["is_packed"]) == ("fc", [96, 64], True)
+    assert linear["density"] == pytest.approx(0.5, abs=0.02)
+    assert linear["bytes"] < linear["dense_bytes"] == 4 * 96 * 64
+    assert found["packed"] == 1
+    assert found["bytes"] == sum(path.stat().st_size for path in folder.iterdir())
+    code, out, _ = run(capsys, "inspect", folder / "model.onnx")
+    assert code == 0
+    assert "1 of 1 linears are packed" in out
+    assert "onnxruntime-cpu: sparse, with zeroskip's kernels" in out
+
+
+@pytest.mark.parametrize("rows_first", [False, True])
+def test_dense_weights_of_an_onnx_folder_are_2_4_or_not(
+    rows_first: bool, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    ones = torch.ones(64, 32)
+    pruned = ones * torch.tensor([1.0, 0.0, 0.0, 1.0]).repeat(8)
+    # The same zeros across the inputs are none along them.
+    across = ones * torch.tensor([1.0, 0.0, 0.0, 1.0]).repeat(16)[:, None]
+    nodes, constants, outputs = [], [], []
+    for name, weight in (("pruned", pruned), ("across", across), ("ones", ones)):
+        stored = weight if rows_first else weight.T.contiguous()
+        constants.append(numpy_helper.from_array(stored.numpy(), name))
+        options = {"transB": 1} if rows_first else {}
+        kind = "Gemm" if rows_first else "MatMul"
+        nodes.append(helper.make_node(kind, ["X", name], [f"Y.{name}"], **options))
+        outputs.append(helper.make_tensor_value_info(f"Y.{name}", TensorProto.FLOAT, ["n", 64]))
+    x = helper.make_tensor_value_info("X", TensorProto.FLOAT, ["n", 32])
+    graph = helper.make_graph(nodes, "three", [x], outputs, constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(model, tmp_path / "model.onnx")
+    code, out, err = run(capsys, "inspect", tmp_path, "--json")
+    assert code == 0, err
+    found = {each["name"]: each for each in json.loads(out)["linears"]}
+    assert [found[name]["is_24"] for name in ("pruned", "across", "ones")] == [True, False, False]
+    assert [found[name]["density"] for name in ("pruned", "across", "ones")] == [0.5, 0.5, 1.0]
+    assert all(each["shape"] == [64, 32] for each in found.values())
+    assert found["pruned"]["targets"]["tensorrt 2:4"] == "yes, with --sparsity=enable"
+    assert found["across"]["targets"]["tensorrt 2:4"] == "no: its zeros are not 2:4"
+    code, out, _ = run(capsys, "inspect", tmp_path)
+    assert "Zeros in dense weights make nothing faster in ONNX Runtime" in out
+
+
+def test_onnx_folders_that_cannot_be_inspected(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"damaged")
+    code, out, err = run(capsys, "inspect", tmp_path)
+    assert (code, out) == (2, "")
+    assert "the model cannot be read" in err
+    code, out, err = run(capsys, "inspect", tmp_path, "--scales")
+    assert (code, out) == (2, "")
+    assert "not in ONNX files" in err
