@@ -18,6 +18,7 @@ app = CommandLine(
 )
 
 Name = Annotated[str, typer.Argument(help="A preset, or a YAML or JSON file.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Write it to this file instead.")]
 Pattern = Annotated[
     str | None, typer.Option(help="What passes prune to that do not say it: 50%, 2:4 ...")
 ]
@@ -41,6 +42,7 @@ def show_command(
     recipe: Name,
     pattern: Pattern = None,
     full: Annotated[bool, typer.Option("--full", help="Spell out every option.")] = False,
+    out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Print a recipe as a file that `zeroskip compile` takes: a start for one of your own.
@@ -62,7 +64,7 @@ def show_command(
             text = dump_recipe(plan, defaults=full)
     if as_json:
         text = json.dumps(yaml.load(text, Loader=RecipeLoader), indent=2, ensure_ascii=False)
-    typer.echo(text.rstrip())
+    _deliver(text.rstrip(), out, as_json)
 
 
 @app.command("check")
@@ -96,9 +98,7 @@ def check_command(recipe: Name, pattern: Pattern = None, as_json: Json = False) 
 
 @app.command("schema")
 def schema_command(
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write it to this file instead.")
-    ] = None,
+    out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Print the JSON Schema of recipes (draft 2020-12), with which editors complete and check.
@@ -108,6 +108,11 @@ def schema_command(
     from zeroskip.recipe_schema import recipe_schema
 
     text = json.dumps(recipe_schema(), indent=2, ensure_ascii=False)
+    _deliver(text, out, as_json)
+
+
+def _deliver(text: str, out: Path | None, as_json: bool) -> None:
+    """Prints a text, or writes it to a file and says which."""
     if out is None:
         typer.echo(text)
         return
