@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--out", type=Path, help="default: a new temporary folder")
     parser.add_argument("--pattern", default="50%")
-    parser.add_argument("--samples", type=int, default=64, help="paragraphs of calibration text")
+    parser.add_argument("--samples", type=int, default=256, help="sentences of calibration text")
     arguments = parser.parse_args()
     out = arguments.out or Path(tempfile.mkdtemp(prefix="zeroskip-encoder-"))
 
