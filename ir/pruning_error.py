@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from zeroskip.ir.facts import EdgeStatistics
@@ -30,7 +32,7 @@ def output_error(before: torch.Tensor, after: torch.Tensor, edge: EdgeStatistics
     old = before[chosen].float()
     whole = _energy(old, edge)
     moved = _energy(after[chosen].float() - old, edge)
-    return float((moved / whole) ** 0.5) if whole > 0 else 0.0
+    return math.sqrt(moved / whole) if whole > 0 else 0.0
 
 
 def _energy(weight: torch.Tensor, edge: EdgeStatistics) -> float:
@@ -61,7 +63,7 @@ def histogram(values: torch.Tensor, unit: float) -> list[int]:
 
 def root_mean_square(values: torch.Tensor) -> float:
     """Returns sqrt(E[w^2]); 0 of nothing."""
-    return float(values.norm()) / max(values.numel(), 1) ** 0.5
+    return float(values.norm()) / math.sqrt(max(values.numel(), 1))
 
 
 def relative_change(before: torch.Tensor, after: torch.Tensor) -> float:
