@@ -86,7 +86,9 @@ def _packed(node: onnx_ir.Node, parts: dict[str, onnx_ir.TensorProtocol]) -> Sto
 
     def unpack() -> torch.Tensor:
         weight = BitmaskWeight(
-            *(to_torch(parts[part]) for part in _PARTS[:3]),
+            to_torch(parts["bitmask"]),
+            to_torch(parts["row_offsets"]),
+            to_torch(parts["values"]),
             to_torch(parts["scales"]) if is_int8 and "scales" in parts else None,
             columns,
             block_size,
