@@ -31,9 +31,11 @@ def local_model(model: str | Path) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    options = {"revision": found["revision"], "allow_patterns": list(FILES)}
     try:
-        return Path(huggingface_hub.snapshot_download(found["id"], **options))
+        folder = huggingface_hub.snapshot_download(
+            found["id"], revision=found["revision"], allow_patterns=list(FILES)
+        )
+        return Path(folder)
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
         raise ArtifactError(
             f"{model} is no local path, and as a model of the Hugging Face hub it is neither in the "

@@ -221,8 +221,8 @@ def _written(section: Any, defaults: bool) -> dict[str, Any]:
         if is_dataclass(value):
             inner = _written(value, defaults)
             alone = getattr(value, "shorthand", None)
-            short = not defaults and list(inner) == [alone]
-            written[each.name] = inner[alone] if short else inner
+            short = alone is not None and not defaults and list(inner) == [alone]
+            written[each.name] = inner[str(alone)] if short else inner
         elif value != each.default or (defaults and not _is_section(section, each.name)):
             written[each.name] = plain(value)
     return written

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -43,7 +44,7 @@ def overridden(
     Raises:
         RecipeError: A gate or a value is none, or there is no gate on perplexity.
     """
-    given = {
+    given: dict[str, Any] = {
         "samples": samples,
         "sequence_length": sequence_length,
         "seed": seed,
