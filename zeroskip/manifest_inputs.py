@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -15,6 +16,7 @@ from zeroskip.manifest_files import describe_file
 if TYPE_CHECKING:
     from zeroskip.recipe import Recipe
 
+_IN_HUB_CACHE = re.compile(r"/models--(?P<owner>[^/]+)--(?P<name>[^/]+)/snapshots/(?P<rest>.+)$")
 Role = Literal["model", "calibration", "recipe", "tokenizer", "gate"]
 
 
@@ -83,7 +85,12 @@ def way_back(out: Path) -> str | None:
 
 
 def name_of(path: Path) -> str:
-    """Returns a path as the manifest names it: relative where it lies below the working directory."""
+    """Returns a path as the manifest names it: relative where it lies below the working directory.
+
+    A file of the hub's cache is named after its model and revision: where the cache is says nothing.
+    """
+    if found := _IN_HUB_CACHE.search(path.as_posix()):
+        return f"{found['owner']}/{found['name']}@{found['rest']}"
     here, absolute = Path.cwd(), Path(os.path.abspath(path))
     shown = absolute.relative_to(here) if absolute.is_relative_to(here) else path
     return shown.as_posix()

@@ -121,6 +121,8 @@ def test_names_of_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert name_of(Path("./a/../model")) == "model"
     assert name_of(Path("../model")) == "../model"
     assert name_of(tmp_path / "model") == (tmp_path / "model").as_posix()
+    cached = tmp_path / "hub" / "models--owner--tiny-model" / "snapshots" / "0a1b" / "config.json"
+    assert name_of(cached) == "owner/tiny-model@0a1b/config.json"
     assert way_back(Path("deep/out")) == "../.."
     assert way_back(tmp_path / "out") is None
 
