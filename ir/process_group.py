@@ -2,7 +2,8 @@
 
 Every process runs the same passes on the same program in the same order. What is shared out is the
 calibration data and the linears of a stage; what is exchanged are tensors, never pickled objects.
-Without a process group there is one process, and each function here is the identity.
+Outside of `sharing()` there is one process, and each function here is the identity: whoever calls
+`compile_sparse` within a process group of their own, for something else, is left alone.
 """
 
 from __future__ import annotations
@@ -15,10 +16,23 @@ import torch.distributed as dist
 
 from zeroskip.ir.errors import CompileError
 
+_shares = False
+
+
+@contextmanager
+def sharing() -> Iterator[None]:
+    """Makes the processes of torch's default group share what is compiled within the block."""
+    global _shares
+    _shares = True
+    try:
+        yield
+    finally:
+        _shares = False
+
 
 def count() -> int:
     """Returns how many processes share the compilation."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if _shares else 1
 
 
 def rank() -> int:

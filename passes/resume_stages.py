@@ -43,6 +43,10 @@ class Journal:
         self._run = 0
         self._identity = ""
         self._keeps = files is not None
+        # Behind the last pass that runs stage by stage the first process is alone.
+        blocks = [number for number, step in enumerate(passes) if step.scope == "block"]
+        self._last_shared = max(blocks, default=-1)
+        self._is_alone = False
 
     def enter(self, numbers: list[int], program: Program, parts: Sequence[str]) -> None:
         """Begins a run of passes, on parts of a program or on the whole as its only part.
@@ -52,6 +56,7 @@ class Journal:
             program: The whole.
             parts: Their names.
         """
+        self._is_alone = numbers[0] > self._last_shared
         self._run += 1
         self._numbers, self.parts = numbers, parts
         self._keeps = self._files is not None
@@ -61,8 +66,7 @@ class Journal:
 
     def count_finished(self) -> int:
         """Returns how many parts of this run are on disk, from the first on without a gap."""
-        found = self._count() if process_group.is_first() else 0
-        return int(process_group.from_owner(torch.tensor([found]), 0))
+        return self._told_by_first(self._count() if process_group.is_first() else 0)
 
     def _count(self) -> int:
         if self._files is None:
@@ -97,11 +101,16 @@ class Journal:
             finished = self._files.write(number, self._identity, before, after, steps)
             self._keeps = finished is not None
             program = after if finished is None else finished.program
-        self._keeps = bool(process_group.from_owner(torch.tensor([self._keeps]), 0))
+        self._keeps = bool(self._told_by_first(int(self._keeps)))
         if self._keeps and not process_group.is_first():
             # What the first process wrote, so that all go on with the same bits.
             program = self._files.read(number, before).program
         return program
+
+    def _told_by_first(self, number: int) -> int:
+        if self._is_alone:
+            return number
+        return int(process_group.from_owner(torch.tensor([number]), 0))
 
     def note(self, notes: Sequence[PassNote]) -> None:
         """Puts down what the passes of this run did on a part."""

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-DEADLINE = 120
+from zeroskip.ir import process_group
+
+DEADLINE = 900
 
 
 def run_processes(count: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[int]:
@@ -51,9 +53,11 @@ def _enter(
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
     try:
-        work(*arguments)
+        with process_group.sharing():
+            work(*arguments)
     except BaseException:
         (folder / f"traceback-{rank}.txt").write_text(traceback.format_exc())
         raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()

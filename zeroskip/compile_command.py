@@ -64,10 +64,12 @@ def compile_command(
             from zeroskip.compile_key import artefact_key, files_digest
             from zeroskip.gates import check_decidable, prepare_gates
             from zeroskip.hub import local_model
+            from zeroskip.ir import process_group
             from zeroskip.ir.folders import aside_of, new_folder, set_aside
             from zeroskip.ir.stage_files import StageFiles
             from zeroskip.manifest_inputs import inputs_of, name_of, way_back
             from zeroskip.models import load_tokenizer, open_source
+            from zeroskip.parallel import joined_processes, tell_others, work_along
             from zeroskip.presets import find_recipe
             from zeroskip.progress import without_loading_bars
             from zeroskip.recipe import dump_recipe, recipe_for, without_folders
@@ -78,11 +80,14 @@ def compile_command(
                 STAGES,
                 is_complete,
                 is_up_to_date,
+                place_of,
                 remove_leftovers,
                 work_folder,
             )
 
-            stack.enter_context(without_loading_bars(quiet or as_json))
+            stack.enter_context(joined_processes())
+            is_first = process_group.is_first()
+            stack.enter_context(without_loading_bars(quiet or as_json or not is_first))
             plan = overridden(
                 find_recipe(recipe, pattern),
                 samples=samples,
@@ -98,12 +103,18 @@ def compile_command(
             check_decidable(plan.gates, plan.passes)
             model = local_model(model)
             tokenizer = load_tokenizer(model)
+            if not is_first:
+                batches = _calibration(plan.calibration, tokenizer, model)
+                stages = place_of(out) / STAGES
+                work_along(open_source(model), plan.passes, batches, plan.memory, stages)
+                return
             # Before inputs are read, which takes a while: a second run is refused at once.
             work = None if is_complete(out) else stack.enter_context(work_folder(out))
             inputs = inputs_of(model, recipe, calibration, plan)
             key = artefact_key(without_folders(plan), inputs)
             if is_up_to_date(out, key):
                 remove_leftovers(out)
+                tell_others(False)
                 _say_up_to_date(out, as_json, quiet)
                 return
             work = work or stack.enter_context(work_folder(out))
@@ -111,6 +122,7 @@ def compile_command(
             source = open_source(model)
             baseline = prepare_gates(plan.gates, plan.passes, source, tokenizer, plan.memory)
             folder = stack.enter_context(new_folder(out, work / PARTIAL))
+            tell_others(True)
         from zeroskip.compile import compile_sparse
         from zeroskip.elastic import write_if_elastic
         from zeroskip.gate_result import describe_failures, lasting

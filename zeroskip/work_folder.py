@@ -84,19 +84,20 @@ def work_folder(out: Path) -> Iterator[Path]:
 
 def remove_leftovers(out: Path) -> None:
     """Removes the work folder of a run that was stopped when all but this was done."""
-    if _place(out).exists():
+    if place_of(out).exists():
         with contextlib.suppress(ArtifactError), _locked(out):
             pass
 
 
-def _place(out: Path) -> Path:
+def place_of(out: Path) -> Path:
+    """Returns where the work folder of an artefact is."""
     # The folder itself, whatever links lead to it: one name for one lock.
     return Path(os.path.realpath(out.absolute().parent)) / f".{out.absolute().name}.work"
 
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[Path]:
-    place = _place(out)
+    place = place_of(out)
     lock = _lock(place, out)
     try:
         yield place
