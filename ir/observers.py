@@ -50,7 +50,7 @@ class Observer(torch.nn.Module):
         self.register_buffer("total_of_squares", torch.zeros(experts, width, dtype=torch.float64))
         self.register_buffer("abs_max", torch.zeros(experts, width))
         self.register_buffer("gram", torch.zeros(experts, width, width) if gram else None)
-        self._parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._parts: list[list[torch.Tensor]] = []
 
     def forward(
         self,
@@ -101,7 +101,7 @@ class Observer(torch.nn.Module):
     def set_aside(self) -> None:
         """Keeps the sums of the batch that was just observed apart from those that come."""
         sums = (self.count, self.total, self.total_of_squares)
-        self._parts.append(tuple(value.clone() for value in sums))
+        self._parts.append([value.clone() for value in sums])
         for value in sums:
             value.zero_()
 

@@ -13,9 +13,10 @@ from zeroskip.ir.program import Program
 from zeroskip.ir.selection import check_selection, select_linears
 from zeroskip.ir.sensitivity import pattern_errors
 from zeroskip.passes.base import Scope
-from zeroskip.passes.manager import Instrument, PassManager
+from zeroskip.passes.manager import PassManager
 from zeroskip.passes.observe import Observe
 from zeroskip.passes.pattern_pass import PatternPass, saw_too_little
+from zeroskip.passes.record_passes import Instrument
 
 
 def measure_sensitivity(

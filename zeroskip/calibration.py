@@ -106,13 +106,15 @@ def generate_calibration(
             f"{samples} samples of {sequence_length} tokens are no calibration data.",
             next_step="Ask for at least one sample of at least one token.",
         )
-    special, known = set(tokenizer.all_special_ids), model.get_input_embeddings().num_embeddings
+    special = set(tokenizer.all_special_ids)
+    known = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
     ordinary = sorted(t for t in tokenizer.get_vocab().values() if t not in special and t < known)
     first = torch.tensor(ordinary)
     generator = torch.Generator().manual_seed(seed)
     tokens = first[torch.randint(len(first), (samples, 1), generator=generator)]
     written = [
-        _continued(model, t, sequence_length, generator) for t in tokens.split(_WRITTEN_AT_ONCE)
+        _continued(model, tokens[start : start + _WRITTEN_AT_ONCE], sequence_length, generator)
+        for start in range(0, samples, _WRITTEN_AT_ONCE)
     ]
     return [
         {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -117,7 +117,7 @@ def _load_directory(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         check_layers(config, path)
         classes = [getattr(transformers, str(name), None) for name in config.architectures or []]
         known = (c for c in classes if isinstance(c, type) and hasattr(c, "from_pretrained"))
-        loader = next(known, transformers.AutoModelForCausalLM)
+        loader: Any = next(known, transformers.AutoModelForCausalLM)
         model: PreTrainedModel = loader.from_pretrained(
             path, dtype=dtype, use_safetensors=True, **safe
         )
