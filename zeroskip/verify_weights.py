@@ -123,10 +123,10 @@ def _differences(path: Path, weights: Weights, found: Verification) -> Iterator[
 def _check_parity(directory: Path, folder: str) -> None:
     from zeroskip.compile import open_program
     from zeroskip.runtime.onnx.parity import CACHE_CASES, check_parity, plain_cases
-    from zeroskip.runtime.onnx.session import OnnxModel
+    from zeroskip.runtime.onnx.session import open_to_compare
 
     program = open_program(directory / CHECKPOINT)
-    model = OnnxModel(directory / folder)
+    model = open_to_compare(directory / folder)
 
     def reference(inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         return list(program.run({name: inputs[name] for name in program.inputs}).values())

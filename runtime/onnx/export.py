@@ -37,7 +37,7 @@ from zeroskip.runtime.onnx.parity import (
     check_parity,
     plain_cases,
 )
-from zeroskip.runtime.onnx.session import OnnxModel
+from zeroskip.runtime.onnx.session import open_to_compare
 from zeroskip.runtime.onnx.translate import OPSET, Translations, translate
 
 Form = Literal["auto", "cache", "plain"]
@@ -163,7 +163,7 @@ def export_onnx(
         parity = None
         # Without a reference the file stays closed: running a model takes more memory than writing it.
         if reference is not None:
-            opened = OnnxModel(folder)
+            opened = open_to_compare(folder)
             cases = parity_cases
             if cases is None:
                 cases = cache_cases if geometry else plain_cases(opened, example_inputs or {})

@@ -34,6 +34,10 @@ class Step(NamedTuple):
     past: Past
 
 
+# Above this many bytes a model that is only compared is not copied into memory.
+_LARGE = 2**30
+
+
 class OnnxModel:
     """An exported model, opened.
 
@@ -42,6 +46,9 @@ class OnnxModel:
         threads: Threads within an operator; None lets ONNX Runtime decide.
         custom_ops: Shared libraries of operators that the file uses beyond the standard ones and
             zeroskip's own, whose kernels are registered where the file needs them.
+        mapped: Leave weights in the file, which is mapped into memory: ONNX Runtime then neither
+            transposes nor repacks them when it loads, so that they take no memory of their own, and
+            each product reads them as they are, which is slower.
 
     Raises:
         ArtifactError: The directory or the model is missing, or ONNX Runtime cannot load it.
@@ -53,6 +60,7 @@ class OnnxModel:
         *,
         threads: int | None = None,
         custom_ops: Sequence[str | Path] = (),
+        mapped: bool = False,
     ) -> None:
         self.path = Path(directory) / MODEL_FILE
         if not self.path.is_file():
@@ -65,12 +73,17 @@ class OnnxModel:
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
+        if mapped:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         try:
             _use_kernels(options, self.path)
             for library in custom_ops:
                 options.register_custom_ops_library(str(library))
             self._session = onnxruntime.InferenceSession(
-                str(self.path), options, providers=["CPUExecutionProvider"]
+                str(self.path),
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=["ConstantFolding"] if mapped else None,
             )
         # ONNX Runtime raises a family of its own, derived from nothing more specific.
         except Exception as error:
@@ -207,6 +220,16 @@ class OnnxModel:
             if not running.any():
                 break
         return tokens
+
+
+def open_to_compare(directory: str | Path) -> OnnxModel:
+    """Opens a model to run it a few times; the weights of a large one stay in the file.
+
+    Raises:
+        ArtifactError: As `OnnxModel`.
+    """
+    files = [path for path in Path(directory).glob(f"{MODEL_FILE}*") if path.is_file()]
+    return OnnxModel(directory, mapped=sum(path.stat().st_size for path in files) > _LARGE)
 
 
 def _use_kernels(options: onnxruntime.SessionOptions, path: Path) -> None:

@@ -9,7 +9,9 @@ import torch
 from onnx_models import logits_of, parameters
 from torch import nn
 
+from zeroskip.ir.capture import capture
 from zeroskip.ir.errors import ArtifactError
+from zeroskip.runtime.onnx import session
 from zeroskip.runtime.onnx.export import export_onnx
 from zeroskip.runtime.onnx.session import OnnxModel, positions
 
@@ -94,3 +96,53 @@ def test_a_missing_data_file_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes((folder / "model.onnx").read_bytes())
     with pytest.raises(ArtifactError, match="cannot load"):
         OnnxModel(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One product with 64 MiB of weights, as an export writes it: transposed in the graph."""
+    target = tmp_path_factory.mktemp("wide")
+    torch.manual_seed(0)
+    inputs = {"input": torch.randn(2, 4096)}
+    program = capture(nn.Linear(4096, 4096).eval(), inputs)
+    export_onnx(
+        target / "onnx",
+        weights=program.weights,
+        reference=None,
+        graph_module=program.graph_module,
+        example_inputs=inputs,
+        output_names=program.outputs,
+        form="plain",
+        external_data_threshold=1000,
+    )
+    return target / "onnx"
+
+
+def anonymous_memory() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_a_mapped_model_computes_the_same_and_copies_no_weights(wide_folder: Path) -> None:
+    inputs = {"input": torch.randn(2, 4096)}
+    before = anonymous_memory()
+    mapped = OnnxModel(wide_folder, mapped=True, threads=1)
+    found = mapped.run(inputs)
+    taken = anonymous_memory() - before
+    before = anonymous_memory()
+    copied = OnnxModel(wide_folder, threads=1)
+    torch.testing.assert_close(found, copied.run(inputs))
+    assert taken < 2**24
+    assert anonymous_memory() - before > 2**25
+
+
+def test_only_a_large_model_is_compared_from_its_file(
+    wide_folder: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(session, "OnnxModel", lambda _, mapped: asked.append(mapped))
+    monkeypatch.setattr(session, "_LARGE", 2**25)
+    session.open_to_compare(wide_folder)
+    session.open_to_compare(folder)
+    assert asked == [True, False]
