@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -194,3 +196,29 @@ def test_sparsegpt_is_timed_against_the_published_loop(tmp_path: Path) -> None:
         assert row["ratio"] > 0
         assert 0.98 < row["error_ratio"] < 1.02
     assert "ratio" in printed
+
+
+def test_a_large_model_is_made_compiled_and_exported(tmp_path: Path) -> None:
+    script = runpy.run_path(str(BENCHMARKS / "large_model.py"))
+    arguments = argparse.Namespace(
+        folder=tmp_path / "model",
+        layers=2,
+        samples=3,
+        sequence_length=16,
+        memory="1MiB",
+        threads=None,
+        tiny=True,
+    )
+    rows = {}
+    for step in script["STEPS"]:
+        arguments.steps = [step]
+        rows[step] = script["measured"](arguments)
+        assert rows[step]["peak_gib"] >= rows[step]["peak_anonymous_gib"] > 0
+    # Two layers of 4 x 64 x 64 and 3 x 64 x 96, two tables of 128 x 64, five norms of 64.
+    assert rows["make"]["parameters"] == 2 * (4 * 64 * 64 + 3 * 64 * 96) + 2 * 128 * 64 + 5 * 64
+    shards = sorted(path.name for path in (tmp_path / "model" / "dense").glob("*.safetensors"))
+    assert shards == [f"model-{number:05d}.safetensors" for number in range(3)]
+    assert rows["compile"]["density"] == 0.5
+    assert rows["compile"]["linears"] == 15
+    assert rows["export"]["bytes"] > 4 * rows["make"]["parameters"]
+    assert not (tmp_path / "model" / "work").exists()
