@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from zeroskip.manifest_files import describe_files
 
 HOLD_TIMES = {"manifest.json", "report.html", "report.json"}
@@ -19,7 +21,12 @@ def test_another_process_writes_the_same_bytes(built: Path) -> None:
         [sys.executable, "-m", "zeroskip", "compile", "dense", "-r", "recipe.yaml",
          "-c", "text.txt", "-o", "another", "-q"],
         cwd=folder,
-        env={**os.environ, "PYTHONHASHSEED": other},
+        # As many threads as here: sums depend on their number.
+        env={
+            **os.environ,
+            "PYTHONHASHSEED": other,
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        },
         capture_output=True,
         text=True,
         check=False,
