@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -130,11 +131,16 @@ def test_closing_twice_is_fine(tmp_path: Path) -> None:
     assert stream.bytes_in_memory == 0
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = tmp_path / "missing"
     with pytest.raises(ArtifactError, match="cannot write activations") as raised:
-        Stream(batches(), 0, tmp_path / "missing")
-    assert str(tmp_path / "missing") in str(raised.value)
-    assert "TMPDIR" in str(raised.value)
+        Stream(batches(), 0, missing)
+    assert str(missing) in str(raised.value)
+    assert "TMPDIR" not in str(raised.value)  # It would change nothing.
+    monkeypatch.setattr(tempfile, "tempdir", str(missing))
+    with pytest.raises(ArtifactError, match="set TMPDIR to a larger disk") as raised:
+        Stream(batches(), 0)
+    assert str(missing) in str(raised.value)
 
 
 def test_a_file_in_place_of_a_folder(tmp_path: Path) -> None:
