@@ -270,12 +270,14 @@ def _same_rows(node: fx.Node, rows: torch.Size) -> fx.Node | None:
 def run_observed(observed: Program, calibration: Sequence[Batch]) -> None:
     """Runs calibration batches through a program with observers; processes share the batches."""
     running = observed.loaded()
-    observers = [m for m in observed.graph_module.modules() if isinstance(m, Observer)]
+    observers = []
+    if process_group.count() > 1:
+        observers = [m for m in observed.graph_module.modules() if isinstance(m, Observer)]
     for _, batch in own_batches(calibration):
         running.run({name: batch[name] for name in observed.inputs})
-        for observer in observers if process_group.count() > 1 else ():
+        for observer in observers:
             observer.set_aside()
-    for observer in observers if process_group.count() > 1 else ():
+    for observer in observers:
         observer.combine(len(calibration))
 
 

@@ -87,13 +87,11 @@ def sent_values(values: dict[str, torch.Tensor] | None, source: int) -> dict[str
         assert values is not None
         return values
     found: dict[str, torch.Tensor] = {}
-    names = sorted(values) if values is not None and rank() == source else []
-    heads = _strings([_head(name, values[name]) for name in names] if values else [], source)
-    for head in heads:
+    known = values if values is not None and rank() == source else {}
+    for head in _strings([_head(name, known[name]) for name in sorted(known)], source):
         name, dtype, *shape = head.split("\t")
         if rank() == source:
-            assert values is not None
-            tensor = values[name].contiguous()
+            tensor = known[name]
         else:
             tensor = torch.empty([int(size) for size in shape], dtype=getattr(torch, dtype))
         found[name] = from_owner(tensor, source)

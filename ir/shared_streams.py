@@ -38,7 +38,6 @@ class _Sent(Mapping[str, torch.Tensor]):
     def __init__(self, values: Batch | None, source: int) -> None:
         self._values = values
         self._source = source
-        self._names: tuple[str, ...] | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
         sent = None if self._values is None else {name: self._values[name]}
