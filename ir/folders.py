@@ -83,10 +83,7 @@ def new_folder(target: Path, partial: Path | None = None) -> Iterator[Path]:
         ) from error
     try:
         yield partial
-        # mkdtemp makes it private; the user's umask decides about what was asked for.
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o777 & ~umask)
+        open_to_umask(partial, 0o777)
         partial.replace(target)  # Replaces an empty folder, refuses one that was filled since.
     except (OSError, SafetensorError) as error:  # safetensors wraps what the disk answers.
         raise ArtifactError(
@@ -96,6 +93,13 @@ def new_folder(target: Path, partial: Path | None = None) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def open_to_umask(path: Path, mode: int) -> None:
+    """Gives what `tempfile` made, which is private, the mode that the user's umask leaves of one."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(mode & ~umask)
 
 
 def aside_of(target: Path) -> Path:
@@ -115,9 +119,7 @@ def set_aside(partial: Path, place: Path) -> None:
         ArtifactError: The place is taken by now, or cannot be written.
     """
     try:
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o777 & ~umask)
+        open_to_umask(partial, 0o777)
         partial.rename(place)
     except OSError as error:
         raise ArtifactError(

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from zeroskip.ir.errors import ArtifactError
+from zeroskip.ir.folders import open_to_umask
 
 _LARGEST = 2**26
 
@@ -114,9 +115,7 @@ def write_object(content: Mapping[str, Any], path: Path) -> None:
             file.write(encoded)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)
+        open_to_umask(partial, 0o666)
         partial.replace(path)
     except OSError as error:
         raise ArtifactError(
