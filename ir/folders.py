@@ -1,6 +1,7 @@
 """Folders that models come from and go to.
 
-A new one appears complete or not at all: everything is written beside it, then renamed.
+A new one appears complete or not at all: everything is written beside it, waits until the disk has
+it, and is renamed. Whatever ends the machine, a name never stands for half of a folder.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ def new_folder(target: Path, partial: Path | None = None) -> Iterator[Path]:
     try:
         yield partial
         open_to_umask(partial, 0o777)
+        _sync_all(partial)
         partial.replace(target)  # Replaces an empty folder, refuses one that was filled since.
+        sync(target.parent)
     except (OSError, SafetensorError) as error:  # safetensors wraps what the disk answers.
         raise ArtifactError(
             f"the folder cannot be completed: {error}",
@@ -100,6 +103,27 @@ def open_to_umask(path: Path, mode: int) -> None:
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(mode & ~umask)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk and not only on their way."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows has no handle of a folder to wait for.
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_all(folder: Path) -> None:
+    """Waits for all that lies in a folder, and for its names."""
+    for above, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            file = Path(above, name)
+            if not file.is_symlink():
+                sync(file)
+        sync(Path(above))
 
 
 def aside_of(target: Path) -> Path:
@@ -120,7 +144,9 @@ def set_aside(partial: Path, place: Path) -> None:
     """
     try:
         open_to_umask(partial, 0o777)
+        _sync_all(partial)
         partial.rename(place)
+        sync(place.parent)
     except OSError as error:
         raise ArtifactError(
             f"the folder cannot be kept: {error}",

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import shutil
 import warnings
@@ -31,6 +30,7 @@ from safetensors.torch import save_file
 from zeroskip.ir.errors import ArtifactError
 from zeroskip.ir.fact_files import FACTS, Decoder, Encoder, NotStorableError, storable
 from zeroskip.ir.facts import Fact
+from zeroskip.ir.folders import sync
 from zeroskip.ir.graph_files import decode_graph, encode_graph, same_graph
 from zeroskip.ir.program import Program
 from zeroskip.ir.weights import OnDisk, Source
@@ -164,7 +164,7 @@ class StageFiles:
             partial.mkdir()
             _write(partial, record, encoder.tensors, weights)
             partial.replace(place)
-            _sync(self.folder)
+            sync(self.folder)
         except (OSError, SafetensorError) as error:  # safetensors wraps what the disk answers.
             shutil.rmtree(partial, ignore_errors=True)
             raise ArtifactError(
@@ -238,8 +238,8 @@ def _write(
     sums = "".join(f"{_digest(folder / name)}  {name}\n" for name in names)
     (folder / _SUMS).write_text(sums, encoding="utf-8")
     for name in (*names, _SUMS):
-        _sync(folder / name)
-    _sync(folder)
+        sync(folder / name)
+    sync(folder)
 
 
 def _read(folder: Path, before: Program) -> FinishedStage:
@@ -303,12 +303,3 @@ def _digest(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk and not only on their way."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Where a model was loaded from."""
+"""Where a model was loaded from, and how a folder comes to be."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from zeroskip.ir.folders import source_folder
+from zeroskip.ir import folders
+from zeroskip.ir.folders import new_folder, set_aside, source_folder
 
 
 def loaded_from(name: object) -> SimpleNamespace:
@@ -32,3 +33,61 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 def test_a_model_without_a_config_has_none() -> None:
     assert source_folder(torch.nn.Linear(1, 1)) is None
     assert source_folder(None) is None
+
+
+@pytest.fixture
+def moments(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names in the order in which they were waited for, and the renames between them."""
+    seen: list[str] = []
+
+    def named(method: str) -> None:
+        original = getattr(Path, method)
+
+        def record(path: Path, target: Path) -> Path:
+            seen.append(f"renamed to {Path(target).name}")
+            renamed: Path = original(path, target)
+            return renamed
+
+        monkeypatch.setattr(Path, method, record)
+
+    named("replace")
+    named("rename")
+    monkeypatch.setattr(folders, "sync", lambda path: seen.append(path.name))
+    return seen
+
+
+def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path: Path, moments: list[str]) -> None:
+    with new_folder(tmp_path / "above" / "out", tmp_path / "partial") as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "file").write_text("1")
+        (folder / "link").symlink_to("inner/file")
+        assert moments == []
+    assert moments == ["file", "inner", "partial", "renamed to out", "above"]
+
+
+def test_nor_is_one_put_aside_earlier(tmp_path: Path, moments: list[str]) -> None:
+    partial = tmp_path / "partial"
+    partial.mkdir()
+    (partial / "file").write_text("1")
+    set_aside(partial, tmp_path / "out.failed")
+    assert moments == ["file", "partial", "renamed to out.failed", tmp_path.name]
+
+
+def test_a_block_that_raises_waits_for_nothing(tmp_path: Path, moments: list[str]) -> None:
+    def broken() -> None:
+        with new_folder(tmp_path / "out") as folder:
+            (folder / "file").write_text("1")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        broken()
+    assert moments == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_waiting_works_for_files_and_folders(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("1")
+    folders.sync(tmp_path / "file")
+    folders.sync(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        folders.sync(tmp_path / "none")
