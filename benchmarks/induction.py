@@ -243,8 +243,6 @@ def why_left_out(pruner: str, method: str) -> str | None:
     for name in (pruner, *before, *after):
         if name.split()[0] not in PASSES:
             return f"there is no pass {name.split()[0]}"
-    if "shift-to-bias" in after and issubclass(PASSES[pruner], UpdatingPruner):
-        return "it changes the weights itself: what a mask takes away is gone before shift-to-bias"
     if "induce-sparsity" in before and pruner not in SCORES:
         return f"scales are learned for the scores of {' and '.join(SCORES.values())} only"
     return None

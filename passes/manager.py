@@ -155,6 +155,8 @@ class PassManager:
                 part = extract_stage(current, stage, stream)
                 if not program.calibration:
                     part = dataclasses.replace(part, calibration=())
+                if unpruned is not program:
+                    part = dataclasses.replace(part, dense=bare(extract_stage(unpruned, stage, ())))
                 if two:
                     _propagate(extract_stage(unpruned, stage, dense), dense)
                     part = dataclasses.replace(

@@ -1,14 +1,14 @@
 """shift-to-bias: put the mean of what pruning takes away into the bias.
 
-    y = W x + b    becomes    y' = (W * M) x + b',    b' = b + d,    d near (W - W * M) E[x]
+    y = W x + b    becomes    y' = V x + b',    b' = b + d,    d near (W - V) E[x],    V = W * M
 
-Pruning errs by r = (W - W * M) x, and after the shift by r - d: E[(r - d)^2] falls by 2 d E[r] - d^2,
+Pruning errs by r = (W - V) x, and after the shift by r - d: E[(r - d)^2] falls by 2 d E[r] - d^2,
 which is most for d = E[r] and a loss where the sign of E[r] is not what it was thought to be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,8 +36,9 @@ from zeroskip.passes.base import Pass, Scope
 class ShiftToBias(Pass):
     """Adds what pruning by a mask M takes away on average, (W - W * M) E[x], to the bias of a linear.
 
-    It needs W with and without the mask: its place is between the pruner and `ApplyMasks`. Masks,
-    weights and density stay what they are.
+    Its place is between the pruner and `ApplyMasks`, where the weights are still whole. Behind a
+    pruner that applies its masks and changes the weights that stay, it takes W from the dense program,
+    which is known to the passes of one list. Masks, weights and density stay what they are.
 
     The average over the calibration data may be that of no other text, so an output is shifted no
     further than every part of the data agrees to. With r_1, ..., r_n the averages of what it loses in
@@ -52,7 +53,7 @@ class ShiftToBias(Pass):
 
     Leaves alone, with the reason in the fact `ShiftedBiases`: a 3-D weight (experts), a bias that
     something else reads too, a linear without a bias unless `add`, and with `add` one whose module
-    has no place for it. Refuses masks that were applied already.
+    has no place for it. Refuses masks that were applied where nothing knows the dense weights.
 
     A bias that is added is one more parameter: of the program, of the module that was compiled, of
     the ONNX file and of the saved checkpoint. `from_pretrained` gives it back only where the
@@ -125,6 +126,7 @@ class ShiftToBias(Pass):
         raised: dict[str, torch.Tensor] = {}
         added: dict[str, torch.Tensor] = {}
         chosen = []
+        dense = _dense_linears(program)
         for linear in self._chosen(program):
             if linear.name not in masks:
                 continue
@@ -133,14 +135,19 @@ class ShiftToBias(Pass):
                 refusals[linear.name] = reason
                 continue
             before = known.shifts.get(linear.name)
-            self._check_order(program, linear, masks[linear.name], before)
+            if before is None:
+                self._check_order(program, linear, masks[linear.name], dense)
             # Taking a shift off and adding it again would not give the same bias to the last bit.
             if before is None or not before.mask.same_as(masks[linear.name]):
                 chosen.append(linear)
         means = self._means(program, chosen, known)
         for linear in chosen:
             mask, before = masks[linear.name], known.shifts.get(linear.name)
-            lost = linear.weight(program).masked_fill(mask.keep(), 0).double()
+            weight = linear.weight(program)
+            lost = weight.masked_fill(mask.keep(), 0).double()
+            if before is None and _is_applied(program, linear, mask):
+                assert program.dense is not None
+                lost = dense[linear.name].weight(program.dense).double() - weight.double()
             shift = what_all_agree_on(means[linear.name] @ lost.T)
             names = [find_bias(use, program) for use in linear.uses]
             is_new = names[0] is None
@@ -192,17 +199,30 @@ class ShiftToBias(Pass):
         return refusal_to_add(linear, program) if self.add else "it has no bias, and add is off"
 
     def _check_order(
-        self, program: Program, linear: Linear, mask: Mask, before: BiasShift | None
+        self, program: Program, linear: Linear, mask: Mask, dense: Mapping[str, Linear]
     ) -> None:
-        applied = program.facts.get(SparseWeights, SparseWeights())
-        assert isinstance(applied, SparseWeights)
-        if before is None and mask.same_as(applied.masks.get(linear.name)):
+        if _is_applied(program, linear, mask) and linear.name not in dense:
             raise CompileError(
                 "its mask was applied already: what it took away is gone",
                 where=linear.name,
                 pass_name=self.name,
-                next_step="put shift-to-bias between the pruner and apply-masks",
+                next_step="put shift-to-bias into one list with the pruner, behind it",
             )
+
+
+def _is_applied(program: Program, linear: Linear, mask: Mask) -> bool:
+    applied = program.facts.get(SparseWeights, SparseWeights())
+    assert isinstance(applied, SparseWeights)
+    return mask.same_as(applied.masks.get(linear.name))
+
+
+def _dense_linears(program: Program) -> dict[str, Linear]:
+    """The linears of the dense program, by name, that are still of the same shape here."""
+    if program.dense is None:
+        return {}
+    shapes = {linear.name: linear.shape for linear in find_linears(program)}
+    dense = find_linears(program.dense)
+    return {linear.name: linear for linear in dense if shapes.get(linear.name) == linear.shape}
 
 
 def what_all_agree_on(averages: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,7 @@ from zeroskip.passes import (
     Pass,
     PassManager,
     PruneMagnitude,
+    PruneSparseGPT,
     PruneWanda,
     ShiftToBias,
 )
@@ -381,13 +382,54 @@ def test_padding_does_not_count() -> None:
         torch.testing.assert_close(shift.shift, found[name].shift)
 
 
-def test_masks_that_were_applied_are_refused() -> None:
+def test_masks_that_were_applied_are_refused_where_nothing_knows_the_dense_weights() -> None:
+    applied = PassManager([*PRUNE, ApplyMasks()])(small_program("gpt2")).program
     with pytest.raises(CompileError, match="applied already") as caught:
-        PassManager([*PRUNE, ApplyMasks(), Observe(), ShiftToBias()])(small_program("gpt2"))
+        PassManager([ShiftToBias()])(dataclasses.replace(applied, dense=None))
     assert caught.value.pass_name == "shift-to-bias"
-    assert "between the pruner and apply-masks" in str(caught.value.next_step)
-    with pytest.raises(CompileError, match="applied already"):
-        PassManager([*PRUNE, ApplyMasks(), ShiftToBias()])(small_program("gpt2"))
+    assert "one list with the pruner" in str(caught.value.next_step)
+
+
+@pytest.mark.parametrize("lists", ["one", "two"])
+def test_masks_that_were_applied_give_the_same_shifts(lists: str) -> None:
+    # Nothing but the place of apply-masks differs; the dense program gives what it took away.
+    start = small_program("gpt2")
+    expected = PassManager([*PRUNE, ShiftToBias(), ApplyMasks()])(start).program
+    if lists == "one":
+        found = PassManager([*PRUNE, ApplyMasks(), ShiftToBias()])(start).program
+    else:
+        applied = PassManager([*PRUNE, ApplyMasks()])(start).program
+        found = PassManager([ShiftToBias()])(applied).program
+    shifts = found.fact(ShiftedBiases).shifts
+    assert shifts.keys() == expected.fact(ShiftedBiases).shifts.keys()
+    first = min(shifts, key=list(linears_of(start)).index)
+    # Later layers have other inputs: there what comes before them is pruned and not shifted.
+    torch.testing.assert_close(
+        shifts[first].shift, expected.fact(ShiftedBiases).shifts[first].shift
+    )
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_behind_a_pruner_that_changes_weights_the_whole_difference_counts(name: str) -> None:
+    start = small_program(name)
+    pruned = PassManager([Observe(gram=True), PruneSparseGPT("2:4")])(start).program
+    result = ShiftToBias(add=True, parts=1)(pruned).program
+    shifts = result.fact(ShiftedBiases).shifts
+    assert shifts
+    for linear, found in shifts.items():
+        dense = linears_of(start)[linear].weight(start).double()
+        lost = dense - linears_of(pruned)[linear].weight(pruned).double()
+        rows = torch.cat(inputs_of(pruned, linears_of(pruned)[linear]))
+        weights = torch.cat(weights_of(pruned, linear))
+        mean = (weights[:, None] * (rows @ lost.T)).sum(0) / weights.sum()
+        torch.testing.assert_close(found.shift, mean, rtol=1e-4, atol=1e-6)
+        # What the mask took away is not all: what stays was changed as well.
+        keep = found.mask.keep()
+        assert bool(lost.masked_fill(~keep, 0).any())
+        weight = linears_of(result)[linear].weight(result)
+        assert torch.equal(weight, linears_of(pruned)[linear].weight(pruned))
+    again = ShiftToBias(add=True, parts=1)(result)
+    assert not again.modified
 
 
 def test_a_bias_that_would_overflow_is_left_alone() -> None:
