@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,16 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests.kept_traces import each_graph_traced_once
+
 VOCABULARY = 256
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _graphs_are_traced_once() -> Iterator[None]:
+    """Commands trace for real when they meet a graph first, and in other processes."""
+    with each_graph_traced_once():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -22,14 +32,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
-@pytest.fixture
-def model() -> LlamaForCausalLM:
+def small_llama(layers: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
@@ -38,10 +47,24 @@ def model() -> LlamaForCausalLM:
 
 
 @pytest.fixture
+def model() -> LlamaForCausalLM:
+    return small_llama(layers=2)
+
+
+@pytest.fixture
 def checkpoint(tmp_path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Path:
     """The model and the tokenizer as a Hugging Face directory."""
     directory = tmp_path / "dense"
     model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def shallow(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """As `checkpoint`, with one layer: an ONNX export takes seconds for each."""
+    directory = tmp_path / "shallow"
+    small_llama(layers=1).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
