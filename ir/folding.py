@@ -13,7 +13,7 @@ from zeroskip.ir.errors import CompileError
 from zeroskip.ir.facts import EdgeStatistics, Fact, Statistics
 from zeroskip.ir.formats import Rounded
 from zeroskip.ir.program import Program
-from zeroskip.ir.scale_groups import Consumer, Member, ScaleGroup, ScaleGroups
+from zeroskip.ir.scale_groups import Consumer, Member, ScaleGroup, ScaleGroups, raised
 from zeroskip.ir.weights import InMemory, Masked, Source
 
 # A weight that a fold brings closer to the largest number of its type than this may overflow later.
@@ -303,6 +303,4 @@ def _divided(edge: EdgeStatistics, factor: torch.Tensor) -> EdgeStatistics:
 
 def spread(scales: torch.Tensor, consumer: Consumer) -> torch.Tensor:
     """Returns what divides each input of a consumer; 1 where the group has no part in it."""
-    chosen = scales[consumer.channels.clamp(min=0)]
-    chosen = torch.where(consumer.exponents < 0, 1 / chosen, chosen)
-    return torch.where(consumer.exponents == 0, torch.ones_like(chosen), chosen)
+    return raised(scales[consumer.channels.clamp(min=0)], consumer.exponents)

@@ -27,6 +27,7 @@ class LabelFlow(ABC):
 
     Class variables:
         rules: What each operator does with labels, by target or by the operator's own name.
+        writers: Operators that write into an argument and whose rule follows that.
 
     Args:
         program: At level `captured`.
@@ -34,6 +35,7 @@ class LabelFlow(ABC):
     """
 
     rules: ClassVar[Mapping[Any, Callable[[Any, Call], Value]]]
+    writers: ClassVar[tuple[Any, ...]] = ()
 
     program: Program
     growth: int = 1
@@ -42,6 +44,7 @@ class LabelFlow(ABC):
     def __post_init__(self) -> None:
         self._sizes = _symbol_sizes(self.program, self.growth)
         self._constants: dict[fx.Node, Any] = {}
+        self._written = _written(self.program)
 
     @abstractmethod
     def labels(self, value: Value) -> torch.Tensor:
@@ -125,7 +128,7 @@ class LabelFlow(ABC):
     ) -> Value:
         if rule is None:
             raise Refused("not known to keep them")
-        if node.target._schema.is_mutable:  # type: ignore[union-attr]
+        if node.target._schema.is_mutable and node.target not in self.writers:  # type: ignore[union-attr]
             raise Refused("writes into its arguments")
         result = rule(self, call)
         self._check(node.meta["val"], result)
@@ -170,6 +173,8 @@ class LabelFlow(ABC):
         return int(found)
 
     def _evaluate(self, node: fx.Node) -> Any:
+        if node in self._written:
+            return None
         if node.op == "get_attr" and node.target not in self.program.weights:
             return attribute(self.program.graph_module, str(node.target))
         if node.op != "call_function":
@@ -185,6 +190,40 @@ class LabelFlow(ABC):
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
         with torch.no_grad():
             return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _written(program: Program) -> set[fx.Node]:
+    """The nodes whose memory, or a part of it, an operator writes into after they were computed."""
+    written: set[fx.Node] = set()
+    pending = [node for writer in program.graph.nodes for node in _targets(writer)]
+    while pending:
+        node = pending.pop()
+        if node not in written:
+            written.add(node)
+            pending += [source for source in node.all_input_nodes if _is_view(node)]
+            pending += [user for user in node.users if _is_view(user)]
+    return written
+
+
+def _targets(node: fx.Node) -> list[fx.Node]:
+    """The arguments that an operator writes into."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    given = {
+        **node.kwargs,
+        **dict(zip((a.name for a in schema.arguments), node.args, strict=False)),
+    }
+    names = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+    return [given[name] for name in names if isinstance(given.get(name), fx.Node)]  # type: ignore[misc]
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether what an operator returns may be memory of its arguments."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return node.target is operator.getitem
+    return any(result.alias_info is not None for result in schema.returns)
 
 
 def _symbol_sizes(program: Program, growth: int) -> dict[Any, Any]:

@@ -28,6 +28,13 @@ def homogeneous_when_positive(flow: ScaleFlow, call: Call) -> Value:
     return labels
 
 
+def square(flow: ScaleFlow, call: Call) -> Value:
+    """x^2 has the square of the scale of x."""
+    if len(call.node.args) > 1 and call.node.args[1] != 2:
+        raise Refused("raises to a power other than 2")
+    return flow.equations.doubled(flow.labels(call.args[0]))
+
+
 def clamp(flow: ScaleFlow, call: Call) -> Value:
     """Bounds at 0 and at infinity: as ReLU."""
     bounds = [*call.node.args[1:], *call.node.kwargs.values()]
@@ -43,7 +50,7 @@ def add(flow: ScaleFlow, call: Call) -> Value:
         return _add_number(flow, call)
     a, b = flow.labels(first), flow.labels(second)
     flow.equations.equate(a, b, call.why)
-    return _either(a, b)
+    return either(a, b)
 
 
 def _add_number(flow: ScaleFlow, call: Call) -> Value:
@@ -57,7 +64,10 @@ def _add_number(flow: ScaleFlow, call: Call) -> Value:
         return flow.view_scaled(value, signs[1 - at], number * signs[at])
     labels = flow.labels(value)
     if number != 0:
-        flow.equations.pin(labels, f"a constant is added: {call.why}")
+        # What is added to a mean of squares is a norm's epsilon.
+        is_norm = getattr(call.node.args[1 - at], "target", None) is torch.ops.aten.mean.dim
+        kind = "it is normalised" if is_norm else "a constant is added"
+        flow.equations.pin(labels, f"{kind}: {call.why}")
     return labels
 
 
@@ -76,8 +86,6 @@ def multiply(flow: ScaleFlow, call: Call) -> Value:
         if isinstance(second, GainView) and _is_number(call.node.args[0]) and not divides:
             return flow.view_scaled(second, first, 0.0)
         return -flow.labels(second) if divides else flow.labels(second)
-    if call.node.args[0] is call.node.args[1]:
-        raise Refused("squares")
     b = flow.labels(second)
     return flow.product(call, flow.labels(first), -b if divides else b)
 
@@ -92,7 +100,7 @@ def where(flow: ScaleFlow, call: Call) -> Value:
             return _put(flow, call, flow.labels(value), call.node.args[at])
     a, b = flow.labels(first), flow.labels(second)
     flow.equations.equate(a, b, call.why)
-    return _either(a, b).expand(flow.shape(call.node))
+    return either(a, b).expand(flow.shape(call.node))
 
 
 def fill(flow: ScaleFlow, call: Call) -> Value:
@@ -109,8 +117,8 @@ def _put(flow: ScaleFlow, call: Call, labels: torch.Tensor, number: object) -> t
     return labels.expand(flow.shape(call.node))
 
 
-def _either(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The labels of both, where two are to be equal: what is known of either."""
+def either(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Returns the labels of both, where two are to be equal: what is known of either."""
     shape = np.broadcast_shapes(a.shape, b.shape)
     a, b = broadcast(squeeze_repeats(a), squeeze_repeats(b))
     return torch.where((a == 0) | (b == 0), 0, a).expand(shape)

@@ -23,7 +23,7 @@ from torch import fx
 from zeroskip.ir.label_flow import LabelFlow
 from zeroskip.ir.scale_equations import ScaleEquations, broadcast, squeeze_repeats
 from zeroskip.ir.scale_products import STACK_PRODUCTS
-from zeroskip.ir.scale_rules import RULES
+from zeroskip.ir.scale_rules import RULES, WRITERS
 from zeroskip.ir.scale_values import (
     Call,
     GainView,
@@ -48,6 +48,7 @@ class ScaleFlow(LabelFlow):
     """
 
     rules = RULES
+    writers = WRITERS
 
     equations: ScaleEquations = field(default_factory=ScaleEquations)
     variables: dict[VariableKey, torch.Tensor] = field(default_factory=dict)
@@ -107,23 +108,38 @@ class ScaleFlow(LabelFlow):
         return self.uniform(labels, range(labels.dim() - 1), keep=False, why=why)
 
     def product(self, call: Call, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """Returns the labels of a product; where both factors may scale, one is chosen at the end."""
+        """Returns the labels of a product.
+
+        Where both factors may scale and the product may not, they scale against each other; where
+        all three may, the second factor is given up in the end.
+        """
         a, b = broadcast(squeeze_repeats(first), squeeze_repeats(second))
         shape = np.broadcast_shapes(first.shape, second.shape)
         a, b = self.equations.canonical(a), self.equations.canonical(b)
-        both = (a != 0) & (b != 0) & (a != -b)
+        twice = (a == b) & (a != 0)
+        both = (a != 0) & (b != 0) & (a != -b) & ~twice
         result = torch.where(a == 0, b, torch.where(b == 0, a, 0))
+        if bool(twice.any()):
+            result = torch.where(twice, self.equations.doubled(torch.where(twice, a, 0)), result)
         if bool(both.any()):
-            name = call.node.name
-            if name in self._decided:
-                self.equations.pin(b[both], f"two free scales multiply: {call.why}")
-                result = torch.where(both, a, result)
-            else:
-                self._products.append(name)
-                key = VariableKey(f"?{name} {tuple(result.shape)}", None)
-                own = self._variables(key, result.numel()).reshape(result.shape)
-                result = torch.where(both, self.equations.canonical(own), result)
+            result = torch.where(both, self._of_two(call, a, b, both), result)
         return result.expand(shape)
+
+    def _of_two(
+        self, call: Call, a: torch.Tensor, b: torch.Tensor, both: torch.Tensor
+    ) -> torch.Tensor:
+        """The labels of a product where both factors may scale."""
+        name = call.node.name
+        if name in self._decided:
+            self.equations.pin(b[both], f"two free scales multiply: {call.why}")
+            return a
+        key = VariableKey(f"?{name} {tuple(both.shape)}", None)
+        own = self.equations.canonical(self._variables(key, both.numel()).reshape(both.shape))
+        held = both & (own == 0)
+        self.equations.equate(a[held], -b[held], call.why)
+        if not torch.equal(held, both):
+            self._products.append(name)
+        return own
 
     def view_scaled(self, gain: GainView, factor: float, offset: float) -> GainView:
         """Returns the view of `factor * gain + offset`."""

@@ -16,7 +16,7 @@ import torch
 from zeroskip.ir.facts import Fact
 from zeroskip.ir.linears import Linear, find_linears
 from zeroskip.ir.program import Program
-from zeroskip.ir.scale_equations import count_runs
+from zeroskip.ir.scale_equations import count_runs, exponents_of, variables_of
 from zeroskip.ir.scale_flow import ScaleFlow
 from zeroskip.ir.scale_products import MOST_GROWTH
 from zeroskip.ir.scale_values import TooFewRows, VariableKey
@@ -35,7 +35,8 @@ class Member:
         offset: See `slope`; 1 for the gain of a norm that multiplies by `1 + p`.
         channels: The channel of the group that each entry belongs to, int64, -1 for none.
             [size of axis], or [stack, size of axis], or the parameter's own shape.
-        exponents: +1 or -1 for each entry, 0 for none; of the shape of `channels`.
+        exponents: For each entry, 0 for none; of the shape of `channels`. +1 or -1, or a power of two
+            more where squares lie between: behind a squared ReLU +2 against -1 in front of it.
     """
 
     parameter: str
@@ -53,9 +54,7 @@ class Member:
             scales: One for each channel of the group, [size].
             rank: Dimensions of the parameter; the result broadcasts against it.
         """
-        chosen = scales[self.channels.clamp(min=0)]
-        factors = torch.where(self.exponents < 0, 1 / chosen, chosen)
-        factors = torch.where(self.exponents == 0, torch.ones_like(factors), factors)
+        factors = raised(scales[self.channels.clamp(min=0)], self.exponents)
         if self.axis is None:
             return factors
         shape = [1] * rank
@@ -79,6 +78,19 @@ class Member:
         return ((value - self.offset) / self.slope).to(parameter.dtype)
 
 
+def raised(scales: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
+    """Returns scales to exponents that are 0 or plus or minus a power of two, by squaring.
+
+    Args:
+        scales: Float.
+        exponents: One for each scale.
+    """
+    power, left = torch.where(exponents < 0, 1 / scales, scales), exponents.abs()
+    while bool((left > 1).any()):
+        power, left = torch.where(left > 1, power.square(), power), left // 2
+    return torch.where(exponents == 0, torch.ones_like(power), power)
+
+
 @dataclass(frozen=True, eq=False)
 class Consumer:
     """A linear whose inputs a group scales.
@@ -87,7 +99,8 @@ class Consumer:
         linear: Its name.
         channels: The channel of the group for each input, int64 [in]; -1 where none.
         exponents: For each input +1 where its weights are multiplied by the scale, so that the input
-            shrinks; -1 the other way round, as in a head whose weight is an embedding too; else 0.
+            shrinks; +2 where by its square, and so on, see `Member`; less than 0 the other way round,
+            as in a head whose weight is an embedding too; else 0.
     """
 
     linear: str
@@ -116,8 +129,8 @@ class ScaleGroup:
         name: The parameters at both ends.
         size: Number of channels, each of which may have a scale of its own.
         positive: Whether scales must be greater than zero, as behind a ReLU. Else any but zero.
-        members: What is to be multiplied. Inputs of the first linear have exponent +1, what produces
-            them -1.
+        members: What is to be multiplied. Inputs of the first linear have exponents greater than 0,
+            what produces them less. The smallest of a channel is 1.
         consumers: The linears whose inputs are scaled, in the order of the program.
         linears: All linears that members are weights of.
         shifts: Biases that can absorb a shift of every channel, if each consumer's bias b becomes
@@ -237,7 +250,7 @@ def _components(flow: ScaleFlow) -> Iterator[tuple[_Found, torch.Tensor]]:
     """Yields the keys that share free variables, and these variables."""
     keys = [key for key in flow.variables if not key.parameter.startswith("?")]
     known = [flow.equations.canonical(flow.variables[key]) for key in keys]
-    classes = [count_runs(values.abs().sort().values) for values in known]
+    classes = [count_runs(variables_of(values).sort().values) for values in known]
     variables = torch.cat([found for found, _, _ in classes])
     counts = torch.cat([count for _, _, count in classes])
     key_of = torch.cat([torch.full((len(f),), n) for n, (f, _, _) in enumerate(classes)])
@@ -262,11 +275,16 @@ def _group(
     flow: ScaleFlow, found: _Found, variables: torch.Tensor, linears: list[Linear]
 ) -> ScaleGroup:
     members = []
-    for key, known in found:
-        places = torch.searchsorted(variables, known.abs()).clamp(max=len(variables) - 1)
-        inside = variables[places] == known.abs()
-        channels = torch.where(inside, places, -1)
-        exponents = torch.where(inside, known.sign(), 0).to(torch.int8)
+    places = [torch.searchsorted(variables, variables_of(known)) for _, known in found]
+    places = [place.clamp(max=len(variables) - 1) for place in places]
+    insides = [variables[p] == variables_of(k) for p, (_, k) in zip(places, found, strict=True)]
+    # Whole exponents, so that scales may have any sign, and powers of two stay such.
+    least = torch.full((len(variables),), torch.inf, dtype=torch.float64)
+    for place, inside, (_, known) in zip(places, insides, found, strict=True):
+        least.scatter_reduce_(0, place[inside], exponents_of(known[inside]).abs(), "amin")
+    for place, inside, (key, known) in zip(places, insides, found, strict=True):
+        channels = torch.where(inside, place, -1)
+        exponents = torch.where(inside, exponents_of(known) / least[place], 0.0).to(torch.int8)
         shape = tuple(flow.program.weights.source(key.parameter).shape)
         if key.axis is None:
             channels, exponents = channels.reshape(shape), exponents.reshape(shape)

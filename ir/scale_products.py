@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from zeroskip.ir.scale_elementwise import either
 from zeroskip.ir.scale_equations import find_repeats
 from zeroskip.ir.scale_values import Call, ParameterView, Refused, TooFewRows, Value, fixed
 
@@ -115,6 +116,17 @@ def multiply_stack(flow: ScaleFlow, call: Call) -> Value:
 
 def _matmul_of_activations(flow: ScaleFlow, call: Call) -> Value:
     return _contract(flow, call, *(flow.labels(argument) for argument in call.args[:2]))
+
+
+def add_product(flow: ScaleFlow, call: Call) -> Value:
+    """A product that is added to something, batch by batch: both terms have one scale; one times 0 is not there."""
+    added, x, z = call.args[:3]
+    product: torch.Tensor = multiply_stack(flow, Call(call.node, (x, z), {}))
+    if call.node.kwargs.get("beta") == 0:
+        return product
+    terms = flow.labels(added)
+    flow.equations.equate(terms, product, call.why)
+    return either(terms, product)
 
 
 def multiply_groups(flow: ScaleFlow, call: Call) -> Value:

@@ -19,6 +19,7 @@ from zeroskip.ir.scale_elementwise import (
     homogeneous,
     homogeneous_when_positive,
     multiply,
+    square,
     where,
 )
 from zeroskip.ir.scale_lookups import (
@@ -35,6 +36,7 @@ from zeroskip.ir.scale_movements import (
     move,
 )
 from zeroskip.ir.scale_products import (
+    add_product,
     addmm,
     attend,
     convolve,
@@ -45,12 +47,16 @@ from zeroskip.ir.scale_products import (
     normalize,
 )
 from zeroskip.ir.scale_values import Call, Value
+from zeroskip.ir.scale_writes import write
 
 if TYPE_CHECKING:
     from zeroskip.ir.scale_flow import ScaleFlow
 
 aten = torch.ops.aten
 Rule = Callable[["ScaleFlow", Call], Value]
+
+# Operators that write into an argument, of which a rule keeps track.
+WRITERS = (aten.copy_.default,)
 
 
 def _fixed(flow: ScaleFlow, call: Call) -> Value:
@@ -78,6 +84,7 @@ def _rules() -> dict[Any, Rule]:
         ),
         (homogeneous, ("neg", "dropout", "feature_dropout")),
         (homogeneous_when_positive, ("relu", "leaky_relu", "prelu", "abs")),
+        (square, (aten.square.default, aten.pow.Tensor_Scalar)),
         (clamp, (aten.clamp.default, aten.clamp_min.default)),
         (add, ("add", "sub")),
         (multiply, ("mul", "div", "true_divide")),
@@ -92,9 +99,11 @@ def _rules() -> dict[Any, Rule]:
         (linear, (aten.linear.default,)),
         (addmm, (aten.addmm.default,)),
         (matmul, (aten.matmul.default, aten.mm.default)),
+        (add_product, (aten.baddbmm.default,)),
         (multiply_stack, (aten.bmm.default,)),
         (attend, (aten.scaled_dot_product_attention.default,)),
         (multiply_groups, ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")),
+        (write, WRITERS),
         (convolve, (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)),
         (normalize, (aten.layer_norm.default, aten.rms_norm.default)),
         (

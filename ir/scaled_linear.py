@@ -27,7 +27,7 @@ class _Part:
         group: Its name.
         is_input: Whether it scales columns, which meet the inputs; else rows.
         channels: The channel of the group for each of them, int64; 0 where there is none.
-        exponents: +1 or -1, 0 where there is none; float32.
+        exponents: See `Member`; 0 where there is none; float32.
     """
 
     group: str

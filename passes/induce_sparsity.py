@@ -25,7 +25,12 @@ from zeroskip.passes.exact_folding import Reference, fold_exactly, tolerance
 from zeroskip.passes.observe import Observe
 from zeroskip.passes.pattern_pass import PatternPass, next_unmoved_by_scales
 from zeroskip.passes.scale_learning import Learned, Schedule, learn_scales
-from zeroskip.passes.scale_methods import activation_scales, normalized, seen_consumers
+from zeroskip.passes.scale_methods import (
+    activation_scales,
+    normalized,
+    rooted,
+    seen_consumers,
+)
 
 SCORES = ("magnitude", "wanda")
 TARGETS = ("dense", "stage")
@@ -291,7 +296,8 @@ class InduceSparsity(Pass):
             scales = None
             if moments and group.consumers:
                 kappa = 1.0 if self.literal else self.kappa
-                scales = from_median_and_mean(group, moments, self.mean_weight, kappa)
+                found = from_median_and_mean(group, moments, self.mean_weight, kappa)
+                scales = rooted(found, group)
             elif self.init == "rms" and self.score == "magnitude":
                 scales = activation_scales(group, seen_consumers(program, group))
             if scales is None:

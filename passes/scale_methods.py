@@ -36,7 +36,7 @@ def activation_scales(group: ScaleGroup, seen: Seen) -> torch.Tensor | None:
         channels = consumer.channels[inside]
         squares.index_add_(0, channels, edge.total_of_squares[inside])
         counts.index_add_(0, channels, torch.full_like(squares[channels], edge.count))
-    return (squares / counts).sqrt()
+    return rooted((squares / counts).sqrt(), group)
 
 
 def smoothquant_scales(
@@ -56,16 +56,35 @@ def smoothquant_scales(
         columns = linears[consumer.linear].weight(program).abs().amax(0).double()
         inputs.scatter_reduce_(0, channels, edge.abs_max.double()[inside], "amax")
         weights.scatter_reduce_(0, channels, columns[inside], "amax")
-    return inputs.pow(alpha) / weights.pow(1 - alpha)
+    return rooted(inputs.pow(alpha) / weights.pow(1 - alpha), group)
+
+
+def rooted(factors: torch.Tensor, group: ScaleGroup) -> torch.Tensor:
+    """Returns the scales by which the weights of consumers are multiplied by some factors.
+
+    They are the factors, but their roots where weights are multiplied by squares of scales.
+
+    Args:
+        factors: One for each channel, float64 [size].
+        group: The group.
+    """
+    degree = torch.ones(group.size, dtype=torch.float64)
+    for consumer in group.consumers:
+        inside = consumer.exponents > 0
+        exponents = consumer.exponents[inside].double()
+        degree.scatter_reduce_(0, consumer.channels[inside], exponents, "amax")
+    return torch.where(degree == 1, factors, factors.pow(1 / degree))
 
 
 def equalizing_scales(program: Program, group: ScaleGroup) -> torch.Tensor | None:
     """Returns sqrt(range of what is divided / range of what is multiplied) of each channel, float64.
 
-    Both then have the same range, the largest absolute value. None where a group has one side only.
+    Both then have the same range, the largest absolute value. Where squares of scales multiply or
+    divide, the root is of a higher degree. None where a group has one side only.
     Nagel et al., arXiv 1906.04721, equation 11.
     """
     ranges = {sign: torch.zeros(group.size, dtype=torch.float64) for sign in (1, -1)}
+    degrees = {sign: torch.ones(group.size, dtype=torch.float64) for sign in (1, -1)}
     for member in group.members:
         weight = program.weights[member.parameter].double()
         values = (member.slope * weight + member.offset).abs()
@@ -74,12 +93,17 @@ def equalizing_scales(program: Program, group: ScaleGroup) -> torch.Tensor | Non
             rest = [axis for axis in range(weight.dim()) if axis not in kept]
             values = values.amax(rest) if rest else values
         for sign, largest in ranges.items():
-            inside = member.exponents == sign
-            largest.scatter_reduce_(0, member.channels[inside], values[inside], "amax")
+            inside = member.exponents.sign() == sign
+            channels, exponents = member.channels[inside], member.exponents[inside].abs().double()
+            largest.scatter_reduce_(0, channels, values[inside], "amax")
+            degrees[sign].scatter_reduce_(0, channels, exponents, "amax")
     if any(bool((largest == 0).all()) for largest in ranges.values()):
         return None
     dead = (ranges[1] == 0) | (ranges[-1] == 0)
-    return torch.where(dead, torch.nan, (ranges[-1] / ranges[1]).sqrt())
+    ratio, degree = ranges[-1] / ranges[1], degrees[-1] + degrees[1]
+    return torch.where(
+        dead, torch.nan, torch.where(degree == 2, ratio.sqrt(), ratio.pow(1 / degree))
+    )
 
 
 def normalized(scales: torch.Tensor, limit: float, power_of_two: bool = False) -> torch.Tensor:

@@ -35,7 +35,7 @@ def leaving_out(group: ScaleGroup, each_matrix: bool = True) -> Iterator[tuple[s
         stack = range(len(member.exponents)) if member.stacked and each_matrix else (...,)
         for index, sign in itertools.product(stack, (1, -1)):
             exponents = member.exponents.clone()
-            part = exponents[index] == sign
+            part = exponents[index].sign() == sign
             if not bool(part.any()):
                 continue
             exponents[index] = torch.where(part, 0, exponents[index])

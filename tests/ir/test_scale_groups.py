@@ -374,14 +374,14 @@ def test_scales_behind_a_relu_are_positive(grouped: Grouped) -> None:
 @pytest.mark.parametrize(
     ("arch", "linear", "side", "reason"),
     [
-        ("llama_tied", "model.embed_tokens.weight", "inputs", "pow at pow"),
+        ("llama_tied", "model.embed_tokens.weight", "inputs", "it is normalised: add at add"),
         ("t5", "decoder.block.0.layer.1.EncDecAttention.k.weight", "inputs", "leaves the program"),
         ("bert", "encoder.layer.0.intermediate.dense.weight", "outputs", "gelu at gelu"),
         ("bert", "encoder.layer.0.intermediate.dense.weight", "inputs", "layer_norm at layer_norm_2"),
         ("bert", "encoder.layer.1.attention.self.query.weight", "inputs", "layer_norm at layer_norm_3"),
         ("llama", "model.layers.0.mlp.gate_proj.weight", "outputs", "silu at silu"),
         ("llama", "lm_head.weight", "outputs", "it leaves the program"),
-        ("qwen3", "model.layers.0.self_attn.q_proj.weight", "outputs", "pow at pow"),
+        ("qwen3", "model.layers.0.self_attn.q_proj.weight", "outputs", "it is normalised: add"),
         ("mixtral", "model.layers.0.mlp.gate.weight", "outputs", "softmax at softmax"),
     ],
 )  # fmt: skip

@@ -31,6 +31,7 @@ SHAPES = {
     "up": (12, 8),
     "gate": (12, 8),
     "down": (8, 12),
+    "next_down": (8, 12),
     "gate_up": (24, 8),
     "up_bias": (12,),
     "gain": (8,),
@@ -220,6 +221,37 @@ def latent(p: Any, x: Tensor) -> Tensor:
     return F.linear(joined(sdpa(q, k, heads(F.linear(x, p.v), 4))), p.square)
 
 
+def written_by_parts(between: Callable[[Tensor], Any] = lambda keys: None) -> Function:
+    """The same with keys that are written into a fresh tensor, one part after the other."""
+
+    def function(p: Any, x: Tensor) -> Tensor:
+        q = heads(F.linear(x, p.q), 4)
+        q = torch.cat([q[..., :2], rotary(q[..., 2:], half_split)], -1)
+        own = heads(F.linear(x, p.k), 4)
+        k = own.new_empty(*own.shape[:-1], 4)
+        before = between(k)
+        k[..., :2].copy_(own)
+        k[..., 2:].copy_(rotary(F.linear(x, p.one_k)[:, None, :, :2], half_split).expand_as(own))
+        found = F.linear(joined(sdpa(q, k, heads(F.linear(x, p.v), 4))), p.square)
+        return found if before is None else found + before.tanh().sum()
+
+    return function
+
+
+def biased_logits(logits: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Function:
+    """Four heads in one batch, and a bias in the product of queries and keys, as in BLOOM."""
+
+    def function(p: Any, x: Tensor) -> Tensor:
+        q, k, v = F.linear(x, p.fused).unflatten(-1, (2, 4, 4))[..., :3, :].permute(3, 0, 2, 1, 4)
+        q, v = q.flatten(0, 1), v.flatten(0, 1)
+        bias = torch.arange(x.shape[1]).double().expand(q.shape[0], x.shape[1], -1)
+        weights = logits(q, k.transpose(-1, -2).flatten(0, 1), bias).softmax(-1)
+        found = torch.bmm(weights, v).unflatten(0, (-1, 2)).transpose(1, 2).flatten(2)
+        return F.linear(found, p.square)
+
+    return function
+
+
 def fused_by_group(p: Any, x: Tensor) -> Tensor:
     """Rows in the order of Falcon 40B: two queries, a key and a value for each of two groups."""
     rows = F.linear(x, p.fused).unflatten(-1, (2, 4, 4))
@@ -365,6 +397,56 @@ PASS: dict[str, tuple[Function, dict[str, str]]] = {
             torch.where(x[..., :1] > 0, F.linear(x, p.up), F.linear(x, p.gate)), p.down
         ),
         {"up -> down": "12"},
+    ),
+    # Squares: the scale of what comes out is the square of that of what goes in
+    "square": (between(torch.square), {"up -> down": "12"}),
+    "second-power": (between(lambda h: h**2), {"up -> down": "12"}),
+    "product-with-itself": (between(lambda h: h * h), {"up -> down": "12"}),
+    "product-with-a-copy": (between(lambda h: h * h.clone()), {"up -> down": "12"}),
+    "relu-squared": (between(lambda h: h.relu().square()), {"up -> down": "12+"}),
+    "squared-twice": (between(lambda h: (h * h).square()), {"up -> down": "12"}),
+    "stored-in-out-squared": (lambda p, x: (x @ p.down).square() @ p.up, {"down -> up": "12"}),
+    "half-of-the-channels-squared": (
+        between(lambda h: torch.cat([h[..., :5], h[..., 5:].square()], -1)),
+        {"up -> down": "12"},
+    ),
+    "value-and-its-square": (
+        lambda p, x: F.linear((h := F.linear(x, p.up, p.up_bias)), p.down) + F.linear(h * h, p.next_down),
+        {"up -> down": "12"},
+    ),
+    "gate-squared": (
+        lambda p, x: F.linear(F.silu(F.linear(x, p.gate)) * F.linear(x, p.up).square(), p.down),
+        {"up -> down": "12"},
+    ),
+    "gain-squared": (normed(lambda w: (1 + w) ** 2), {"gain -> up": "8"}),
+    "values-squared": (
+        lambda p, x: F.linear(joined(heads(F.linear(x, p.q), 4)).square().mean(1), p.o),
+        {"q -> o": "16"},
+    ),
+    # A product that may not scale: its factors scale against each other
+    "layer-scale": (
+        lambda p, x: x + p.gain * F.linear(F.linear(x, p.up).tanh(), p.down),
+        {"gain -> down": "8"},
+    ),
+    "layer-scale-behind-a-bias": (
+        lambda p, x: x + F.linear(F.linear(x, p.up).tanh(), p.down, p.shift) * p.gain,
+        {"gain -> down": "8"},
+    ),
+    "layer-scale-of-one-more": (
+        lambda p, x: x + F.linear(x, p.square) * (1 + p.gain),
+        {"gain -> square": "8"},
+    ),
+    "divided-layer-scale": (
+        lambda p, x: x + F.linear(x, p.square) / p.gain,
+        {"square -> square": "8"},
+    ),
+    "layer-scale-of-values": (
+        lambda p, x: x + attention()(p, x) * p.gain,
+        {"k -> q": "8", "v -> o": "8", "gain -> o": "8"},
+    ),
+    "product-that-may-not-scale": (
+        lambda p, x: (F.linear(x, p.gate) * F.linear(x, p.up)).tanh(),
+        {"up -> gate": "12"},
     ),
     # Products of two scales: the second factor's is given up
     "silu-gate": (silu_mlp, {"up -> down": "12"}),
@@ -535,6 +617,15 @@ PASS: dict[str, tuple[Function, dict[str, str]]] = {
     ),
     # The values' scale is given up: keys times values comes first.
     "linear-attention": (linear_attention, {"k -> q": "8"}),
+    "slopes-of-distances-in-the-product": (
+        biased_logits(lambda q, k, bias: torch.baddbmm(bias, q, k, alpha=0.5)),
+        {"fused -> fused": "8", "fused -> square": "8"},
+    ),
+    "product-without-what-it-is-added-to": (
+        biased_logits(lambda q, k, bias: torch.baddbmm(torch.empty_like(bias), q, k, beta=0)),
+        {"fused -> fused": "8", "fused -> square": "8"},
+    ),
+    "written-part-by-part": (written_by_parts(), {"one_k -> q": "1", "k -> q": "8", "v -> square": "8"}),
     # Experts
     "stacked-experts": (
         stacked(lambda p, h: h.relu()),
@@ -579,6 +670,7 @@ INERT = {
         "heads-interleaved",
         "slopes-of-distances",
         "parallel",
+        "layer-scale-of-values",
     )
 }
 # Most experts get no row, so one of them is not missed; all of them together are.
@@ -730,6 +822,12 @@ def written_elsewhere(p: Any, x: Tensor) -> Tensor:
     return F.linear(doubled, p.down) + doubled.exp().sum()
 
 
+def written_order() -> Tensor:
+    order = torch.zeros(12, dtype=torch.int64)
+    order[6:].copy_(torch.arange(6))
+    return order
+
+
 def channel_norm(p: Any, x: Tensor) -> Tensor:
     hidden = F.linear(x, p.up, p.up_bias).transpose(1, 2)
     mean = p.order.double()
@@ -747,6 +845,12 @@ def normed_values(p: Any, x: Tensor) -> Tensor:
     return F.linear(joined(sdpa(q, repeated(k), repeated(rms(v)))), p.o)
 
 
+def biased_by_queries(p: Any, x: Tensor) -> Tensor:
+    q, k, v = (F.linear(x, w) for w in (p.square, p.k, p.v))
+    bias = q.sum(-1, keepdim=True).tanh().expand(-1, -1, x.shape[1]) * torch.arange(x.shape[1])
+    return torch.baddbmm(bias, q, k.mT).softmax(-1) @ v
+
+
 def normed_outputs(p: Any, x: Tensor) -> Tensor:
     q, k, v = (heads(F.linear(x, w), n) for w, n in ((p.q, 4), (p.k, 2), (p.v, 2)))
     return F.linear(rms(joined(sdpa(q, repeated(k), repeated(v)))), p.o)
@@ -758,15 +862,32 @@ REFUSE: dict[str, tuple[Function, str, str, Attempt]] = {
     "silu": (between(F.silu), "up outputs", "silu at silu", MLP),
     "tanh": (between(torch.tanh), "up outputs", "tanh at tanh", MLP),
     "softmax": (between(lambda h: h.softmax(-1)), "up outputs", "softmax at softmax", MLP),
-    "product-with-itself": (between(lambda h: h * h), "up outputs", "mul at mul: squares", MLP),
-    "product-with-a-copy": (
-        between(lambda h: h * h.clone()),
+    # Squares that are not
+    "cube": (between(lambda h: h**3), "up outputs", "raises to a power other than 2", MLP),
+    "power-of-a-size": (
+        between(lambda h: h ** (h.shape[1] - 3)),
         "up outputs",
-        "two free scales multiply: mul at mul",
+        "pow at pow",
         MLP,
     ),
-    "square": (between(torch.square), "up outputs", "square at square", MLP),
-    "relu-squared": (between(lambda h: h.relu().pow(2)), "up outputs", "pow at pow", MLP),
+    "square-and-more": (
+        between(lambda h: h * h + h),
+        "up outputs",
+        "add at add",
+        MLP,
+    ),
+    "square-beside-the-residual": (
+        lambda p, x: F.linear(torch.cat([x, x[..., :4]], -1) + F.linear(x, p.up).square(), p.down),
+        "up outputs",
+        "add at add",
+        (("up", 0, -1), ("down", 1, 2)),
+    ),
+    "squares-of-squares": (
+        between(lambda h: h.square().square().square().square()),
+        "up outputs",
+        "raises to too high a power",
+        MLP,
+    ),
     "clamped-gate": (
         lambda p, x: F.linear(
             F.silu(F.linear(x, p.gate)) * (F.linear(x, p.up, p.up_bias).clamp(-7, 7) + 1), p.down
@@ -886,7 +1007,7 @@ REFUSE: dict[str, tuple[Function, str, str, Attempt]] = {
     ),
     # Norms
     "norm": (between(lambda h: F.layer_norm(h, (12,))), "up outputs", "it is normalised: layer_norm", MLP),
-    "norm-by-hand": (between(rms), "up outputs", "pow at pow", MLP),
+    "norm-by-hand": (between(rms), "up outputs", "it is normalised: add at add", MLP),
     "group-norm": (
         between(lambda h: F.group_norm(h.transpose(1, 2), 3).transpose(1, 2)),
         "up outputs",
@@ -984,15 +1105,40 @@ REFUSE: dict[str, tuple[Function, str, str, Attempt]] = {
         "it is added to logits: scaled_dot_product_attention",
         (("up", 0, -1),),
     ),
-    "normed-values": (normed_values, "v outputs", "pow at pow", (("v", 0, -1), ("o", 1, 1))),
+    "normed-values": (normed_values, "v outputs", "it is normalised: add", (("v", 0, -1), ("o", 1, 1))),
     "norm-in-front-of-the-output": (
         normed_outputs,
         "v outputs",
-        "pow at pow",
+        "it is normalised: add",
         (("v", 0, -1), ("o", 1, 1)),
     ),
-    "queries-in-front-of-norms": (normed_queries(lambda x: x), "q outputs", "pow at pow", QUERIES),
+    "queries-in-front-of-norms": (normed_queries(lambda x: x), "q outputs", "it is normalised: add", QUERIES),
+    # Logits with a bias that scales
+    "bias-of-activations": (
+        biased_by_queries,
+        "square outputs",
+        "tanh at tanh",
+        (("square", 0, -1), ("k", 0, 1)),
+    ),
     # Writes
+    "read-before-it-is-written": (
+        written_by_parts(lambda keys: keys[..., :2]),
+        "k outputs",
+        "writes into what was read before",
+        QUERIES,
+    ),
+    "written-as-integers": (
+        between(lambda h: (c := torch.empty_like(h, dtype=torch.int64), c.copy_(h))[0].double()),
+        "up outputs",
+        "copy at copy_",
+        MLP,
+    ),
+    "order-that-is-written": (
+        lambda p, x: F.linear(F.linear(x, p.up)[..., written_order()], p.down),
+        "up outputs",
+        "index at index: takes rows of an inner dimension",
+        (("up", 0, -1), ("down", 1, 1)),
+    ),
     "written-elsewhere": (
         written_elsewhere,
         "up outputs",
@@ -1008,13 +1154,6 @@ REFUSE: dict[str, tuple[Function, str, str, Attempt]] = {
 }  # fmt: skip
 
 
-def biased_logits(p: Any, x: Tensor) -> Tensor:
-    """One head of queries and keys, 8 wide, as BLOOM multiplies them."""
-    q, k, v = (F.linear(x, w) for w in (p.square, p.k, p.v))
-    bias = torch.arange(x.shape[1]).double().expand(x.shape[0], x.shape[1], -1)
-    return torch.baddbmm(bias, q, k.transpose(1, 2)).softmax(-1) @ v
-
-
 # Refused, although a fold would not be felt: no rule looks that closely.
 UNSEEN: dict[str, tuple[Function, str, str, Attempt]] = {
     "einsum": (
@@ -1022,26 +1161,6 @@ UNSEEN: dict[str, tuple[Function, str, str, Attempt]] = {
         "up outputs",
         "einsum at einsum",
         MLP,
-    ),
-    # Scales of 1 against 2: groups hold exponents of 1 only.
-    "relu-squared-by-squares": (
-        between(lambda h: h.relu().square()),
-        "up outputs",
-        "square at square",
-        (("up", 0, -1), ("up_bias", 0, -1), ("down", 1, 2)),
-    ),
-    # What leaves a linear is scaled again on its way into the residual stream.
-    "layer-scale": (
-        lambda p, x: x + p.gain * F.linear(F.linear(x, p.up).tanh(), p.down),
-        "down outputs",
-        "two free scales multiply: mul at mul",
-        (("down", 0, -1), ("gain", 0, 1)),
-    ),
-    "slopes-of-distances-in-the-product": (
-        biased_logits,
-        "square outputs",
-        "baddbmm at baddbmm",
-        (("square", 0, -1), ("k", 0, 1)),
     ),
     "padding": (
         lambda p, x: F.linear(F.pad(F.linear(x, p.up)[..., :8], (0, 4)), p.down),
@@ -1134,6 +1253,11 @@ def experts_in_a_loop_and_at_once(p: Any, x: Tensor) -> Tensor:
 # Uses that are unusual; whatever is found must hold, and a part of it is known.
 UNUSUAL: dict[str, tuple[Function, dict[str, str]]] = {
     "written-in-part": (written_in_part, {"up -> down": "8"}),
+    # Only what stays as it was: channels that are overwritten, and read as such, are not scaled.
+    "written-into-what-is-not-fresh": (
+        between(lambda h: (c := h.clone(), c[..., :4].copy_(h[..., 4:8].tanh()))[0]),
+        {"up -> down": "4"},
+    ),
     # Parts of a stack are read by element: one scale for all of it.
     "experts-in-a-loop": (experts_in_a_loop, {"experts_down -> experts_up": "1+"}),
     "experts-in-a-loop-and-at-once": (
