@@ -45,7 +45,9 @@ class HessianRoot:
     damping: float
 
 
-def hessian_root(gram: torch.Tensor, damping: float) -> HessianRoot:
+def hessian_root(
+    gram: torch.Tensor, damping: float, divisors: torch.Tensor | None = None
+) -> HessianRoot:
     """Factorises a Gram matrix: in float32, else in float64, else with ten times the damping.
 
     An input that was always zero gets a diagonal of 1: it tells nothing about the others.
@@ -53,6 +55,8 @@ def hessian_root(gram: torch.Tensor, damping: float) -> HessianRoot:
     Args:
         gram: Sum of x x^T, float32 [in, in]; left as it is. Its scale does not matter.
         damping: Share of the mean of the diagonal that is added to it.
+        divisors: What the inputs were divided by since they came out of the model, [in]; damping is
+            that of the inputs before, so that no division changes what is pruned.
 
     Raises:
         CompileError: It is not finite, or no sum of x x^T, so that even much damping does not help.
@@ -64,10 +68,12 @@ def hessian_root(gram: torch.Tensor, damping: float) -> HessianRoot:
             next_step="look for extreme activations in the calibration data",
         )
     dead = diagonal == 0
-    mean = float(diagonal.mean(dtype=torch.float64))
+    # With x = D x': sum x x^T + c is D (sum x' x'^T + c / D^2) D.
+    squares = torch.ones(len(diagonal)) if divisors is None else divisors.square()
+    unit = (diagonal.double() * squares).mean() / squares
     while True:
         for dtype in (torch.float32, torch.float64):
-            root = _upper_root(gram, dead, damping * mean, dtype)
+            root = _upper_root(gram, dead, damping * unit, dtype)
             if root is not None:
                 return HessianRoot(root, dead, damping)
         if damping >= _MOST_DAMPING:
@@ -81,7 +87,7 @@ def hessian_root(gram: torch.Tensor, damping: float) -> HessianRoot:
 
 
 def _upper_root(
-    gram: torch.Tensor, dead: torch.Tensor, added: float, dtype: torch.dtype
+    gram: torch.Tensor, dead: torch.Tensor, added: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor | None:
     """Returns R with R R^T = gram + added, or None when rounding leaves no positive pivot.
 
@@ -90,7 +96,7 @@ def _upper_root(
     matrix and one while it is turned.
     """
     turned = gram.to(dtype).flip(0, 1).mT
-    turned.diagonal().add_(dead.flip(0)).add_(added)
+    turned.diagonal().add_(dead.flip(0)).add_(added.flip(0).to(dtype))
     info = torch.empty((), dtype=torch.int32)
     torch.linalg.cholesky_ex(turned, out=(turned, info))
     diagonal = turned.diagonal()

@@ -9,6 +9,7 @@ import torch
 
 from zeroskip.ir.errors import CompileError, RequirementError
 from zeroskip.ir.facts import Mask, Masks, Statistics
+from zeroskip.ir.input_divisors import input_divisors
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.optimal_surgery import HessianRoot, hessian_root, prune_columns
 from zeroskip.ir.patterns import NM, SparsityPattern, Unstructured, parse_pattern
@@ -32,7 +33,8 @@ class PruneSparseGPT(UpdatingPruner):
     Args:
         block_size: Columns whose weights compete. A group or block that is wider is never cut.
         damping: Share of the mean of H's diagonal that is added to it. Where that is too little to
-            factorise H, it is raised tenfold, up to 1.
+            factorise H, it is raised tenfold, up to 1. Of inputs that were divided by folded scales
+            it is what was added before, so folding changes nothing.
         preserve_mask: Take the masks that are known and update the weights only; `pattern` is then
             not looked at.
 
@@ -64,12 +66,12 @@ class PruneSparseGPT(UpdatingPruner):
 
     @property
     def ignores_input_scales(self) -> bool:
-        """Without damping, as H then shrinks with its inputs; a Gram matrix that needs some feels it."""
+        """H shrinks with its inputs, and damping with it: `hessian_root`."""
         pattern = parse_pattern(self.pattern)
         by_row = isinstance(pattern, NM) or (
             isinstance(pattern, Unstructured) and pattern.comparison == "row"
         )
-        return self.damping == 0 and (by_row or self.preserve_mask)
+        return by_row or self.preserve_mask
 
     def run(self, program: Program) -> Program:
         if self.preserve_mask and Masks not in program.facts:
@@ -108,7 +110,9 @@ class PruneSparseGPT(UpdatingPruner):
         known = self._known_mask(program, linear).keep() if self.preserve_mask else None
         gram = program.fact(Statistics).gram_of(linear.name)
         try:
-            root = _root_of(gram, self.damping)
+            divisors = input_divisors(program, linear.name)
+            key = None if divisors is None else divisors.numpy().tobytes()
+            root = _root_of(gram, self.damping, key)
         except CompileError as error:
             error.where = linear.name
             raise
@@ -127,6 +131,8 @@ class PruneSparseGPT(UpdatingPruner):
 
 
 @lru_cache(maxsize=1)
-def _root_of(gram: torch.Tensor, damping: float) -> HessianRoot:
+def _root_of(gram: torch.Tensor, damping: float, divisors: bytes | None) -> HessianRoot:
     """Factorises once for linears that share an input, which share one Gram matrix."""
-    return hessian_root(gram, damping)
+    if divisors is None:
+        return hessian_root(gram, damping)
+    return hessian_root(gram, damping, torch.frombuffer(bytearray(divisors), dtype=torch.float64))

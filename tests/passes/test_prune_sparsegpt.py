@@ -255,6 +255,25 @@ def test_the_root_is_the_inverse_of_the_published_factor() -> None:
     assert torch.equal(found.root, found.root.triu())
 
 
+def test_damping_is_that_of_inputs_before_they_were_divided() -> None:
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(40, 12, generator=generator)
+    rows[:, 5] = 0
+    divisors = torch.rand(12, generator=generator).double() * 9 + 0.1
+    gram, weight = rows.T @ rows, torch.randn(6, 12, generator=generator)
+    divided = (rows.double() / divisors).float()
+    small = divided.T @ divided
+    pattern = parse_pattern("2:4")
+    expected, kept = prune_columns(weight, hessian_root(gram, 0.1), pattern)
+    scaled = (weight * divisors).float()
+    found, keep = prune_columns(scaled, hessian_root(small, 0.1, divisors), pattern)
+    assert torch.equal(keep, kept)
+    torch.testing.assert_close((found / divisors).float(), expected, rtol=1e-3, atol=1e-4)
+    # Damping alike for all channels is another thing.
+    other = prune_columns(scaled, hessian_root(small, 0.1), pattern)[0]
+    assert not torch.allclose((other / divisors).float(), expected, rtol=1e-2, atol=1e-3)
+
+
 def test_damping_rises_until_the_hessian_has_a_root() -> None:
     _, gram = correlated(1, 40)
     mean = gram.diagonal().mean()
