@@ -9,14 +9,12 @@ translating call the real functions, and so does every other process.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import TYPE_CHECKING, Any
 
-import onnx_ir
-import pytest
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -24,17 +22,11 @@ from torch.utils import _pytree as pytree
 from zeroskip.ir.capture import capture
 from zeroskip.ir.program import Batch, Program
 from zeroskip.ir.weights import Weights
-from zeroskip.runtime.onnx import translate
-from zeroskip.runtime.onnx.skeleton import Skeleton
 
+if TYPE_CHECKING:
+    import onnx_ir
 
-@contextmanager
-def each_graph_traced_once() -> Iterator[None]:
-    """Keeps traces for as long as the block runs, in this process and those forked from it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("zeroskip.compile.capture", keep_captures())
-        patch.setattr(translate, "_standard_operators", keep_translations())
-        yield
+    from zeroskip.runtime.onnx.skeleton import Skeleton
 
 
 def keep_captures() -> Callable[..., Program]:
@@ -62,12 +54,16 @@ def keep_captures() -> Callable[..., Program]:
                 kept[key] = program
             return program
         own = Weights(dict(model.named_parameters())) if weights is None else weights
-        program = kept[key].with_weights({name: own.source(name) for name in own})
+        first = kept[key]
+        program = first.with_weights({name: own.source(name) for name in first.read_weights()})
         return dataclasses.replace(
             program, weights=own, example_inputs=dict(example_inputs), model=model
         )
 
     return kept_capture
+
+
+capture_once = keep_captures()
 
 
 def _key(model: nn.Module, inputs: Batch, live: bool) -> Hashable:
@@ -77,18 +73,24 @@ def _key(model: nn.Module, inputs: Batch, live: bool) -> Hashable:
         return None
     if not all(isinstance(value, torch.Tensor) for value in inputs.values()):
         return None
+    if any(buffer.is_meta for buffer in model.buffers()):
+        return None
     without_place = {k: v for k, v in config.to_dict().items() if k != "_name_or_path"}
     return (
-        type(model),
+        tuple(type(module) for module in model.modules()),
         json.dumps(without_place, sort_keys=True, default=str),
         live,
         tuple((name, p.shape, p.dtype) for name, p in model.named_parameters()),
+        tuple((name, _digest(buffer)) for name, buffer in model.named_buffers()),
         tuple((name, value.shape, value.dtype) for name, value in inputs.items()),
     )
 
 
+@functools.cache
 def keep_translations() -> Callable[..., onnx_ir.Model]:
-    """Returns a function that stands in for the translation of a graph without data."""
+    """Returns the one function that stands in for `_standard_operators` of `translate`."""
+    from zeroskip.runtime.onnx import translate
+
     real = translate._standard_operators
     kept: dict[Hashable, onnx_ir.Model] = {}
 
@@ -114,4 +116,5 @@ def keep_translations() -> Callable[..., onnx_ir.Model]:
 
 
 def _digest(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy()).hexdigest()
+    flat = tensor.detach().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()

@@ -10,8 +10,8 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from tests.kept_traces import capture_once
 from tests.zoo import GROUPED, SPECIAL, VOCABULARY, ZOO, Inputs, randomize
-from zeroskip.ir.capture import capture
 from zeroskip.ir.program import Program
 
 
@@ -85,5 +85,5 @@ def small_program(name: str, dtype: torch.dtype = torch.float32) -> Program:
         {n: t.to(dtype) if t.is_floating_point() else t for n, t in SMALL[name][1](rows).items()}
         for rows in (2, 3)
     ]
-    program = capture(small_model(name).to(dtype), batches[0])
+    program = capture_once(small_model(name).to(dtype), batches[0])
     return dataclasses.replace(program, calibration=tuple(batches))

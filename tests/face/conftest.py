@@ -10,15 +10,16 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tests.kept_traces import each_graph_traced_once
+from tests.kept_traces import keep_translations
 
 VOCABULARY = 256
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _graphs_are_traced_once() -> Iterator[None]:
-    """Commands trace for real when they meet a graph first, and in other processes."""
-    with each_graph_traced_once():
+@pytest.fixture(scope="module", autouse=True)
+def _graphs_are_translated_once() -> Iterator[None]:
+    """Commands translate to ONNX for real when they meet a graph first, and in other processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zeroskip.runtime.onnx.translate._standard_operators", keep_translations())
         yield
 
 

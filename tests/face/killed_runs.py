@@ -1,7 +1,8 @@
 """A process that has imported everything, forks one child for each compilation, and kills some.
 
-Reads one JSON object a line from standard input, answers with one a line. The model is captured once,
-here: children begin with the passes, which is where stages are finished and files are written.
+Reads one JSON object a line from standard input, answers with one a line. The model is captured and
+its graph translated to ONNX once, here: children begin with the passes, which is where stages are
+finished and files are written, and most moments of an export are those in which it writes.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 
 def prepare(model: Path, text: Path) -> None:
+    sys.path.insert(0, str(Path(__file__).parents[2]))
     import torch
 
     import zeroskip.compile
@@ -24,10 +27,12 @@ def prepare(model: Path, text: Path) -> None:
     import zeroskip.elastic
     import zeroskip.report_page
     import zeroskip.runtime.onnx.export
+    from tests.kept_traces import keep_translations
     from zeroskip.calibration import calibration_from_text
     from zeroskip.compile_key import code_digest
     from zeroskip.ir.program import Program
     from zeroskip.models import load_tokenizer
+    from zeroskip.runtime.onnx import translate
 
     torch.set_num_threads(1)  # No threads, so that a fork is a whole process.
     code_digest()
@@ -38,6 +43,17 @@ def prepare(model: Path, text: Path) -> None:
         return program
 
     zeroskip.compile.open_program = captured
+    translate._standard_operators = keep_translations()
+    with tempfile.TemporaryDirectory() as folder:
+        zeroskip.runtime.onnx.export.export_onnx(
+            Path(folder) / "onnx",
+            weights=program.weights,
+            reference=None,
+            graph_module=program.module(),
+            example_inputs=program.example_inputs,
+            output_names=program.outputs,
+            form="plain",
+        )
 
 
 def compile_and_exit(request: dict[str, Any]) -> None:
@@ -88,3 +104,4 @@ if __name__ == "__main__":
     prepare(Path(sys.argv[1]), Path(sys.argv[2]))
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)
+    os._exit(0)  # There is nothing to put in order, and it takes seconds.

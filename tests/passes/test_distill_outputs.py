@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kept_traces import capture_once as capture
 from tests.small import small_model, small_program
 from tests.zoo import ZOO
 from zeroskip import compile_sparse
-from zeroskip.ir.capture import capture
 from zeroskip.ir.distillation import OutputDivergence, _InTwoParts
 from zeroskip.ir.errors import CalibrationError, CompileError, RequirementError
 from zeroskip.ir.facts import SparseWeights

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.kept_traces import capture_once as capture
 from tests.processes import run_processes
 from tests.zoo import ZOO
 from zeroskip.ir import process_group
-from zeroskip.ir.capture import capture
 from zeroskip.ir.facts import Statistics
 from zeroskip.ir.program import Program
 from zeroskip.ir.stage_files import StageFiles
