@@ -33,6 +33,19 @@ def exponents_of(labels: torch.Tensor) -> torch.Tensor:
     return torch.ldexp(labels.sign().double(), _doublings(labels))
 
 
+def raised(scales: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
+    """Returns scales to exponents that are 0 or plus or minus a power of two, by squaring.
+
+    Args:
+        scales: Float.
+        exponents: One for each scale.
+    """
+    power, left = torch.where(exponents < 0, 1 / scales, scales), exponents.abs()
+    while bool((left > 1).any()):
+        power, left = torch.where(left > 1, power.square(), power), left // 2
+    return torch.where(exponents == 0, torch.ones_like(power), power)
+
+
 def _doublings(labels: torch.Tensor) -> torch.Tensor:
     return ((labels.abs() >> _POWER_BITS) ^ 16) - 16
 

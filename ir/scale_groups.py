@@ -16,7 +16,7 @@ import torch
 from zeroskip.ir.facts import Fact
 from zeroskip.ir.linears import Linear, find_linears
 from zeroskip.ir.program import Program
-from zeroskip.ir.scale_equations import count_runs, exponents_of, variables_of
+from zeroskip.ir.scale_equations import count_runs, exponents_of, raised, variables_of
 from zeroskip.ir.scale_flow import ScaleFlow
 from zeroskip.ir.scale_products import MOST_GROWTH
 from zeroskip.ir.scale_values import TooFewRows, VariableKey
@@ -76,19 +76,6 @@ class Member:
             return (value * factors).to(parameter.dtype)
         value = (self.slope * value + self.offset) * factors
         return ((value - self.offset) / self.slope).to(parameter.dtype)
-
-
-def raised(scales: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
-    """Returns scales to exponents that are 0 or plus or minus a power of two, by squaring.
-
-    Args:
-        scales: Float.
-        exponents: One for each scale.
-    """
-    power, left = torch.where(exponents < 0, 1 / scales, scales), exponents.abs()
-    while bool((left > 1).any()):
-        power, left = torch.where(left > 1, power.square(), power), left // 2
-    return torch.where(exponents == 0, torch.ones_like(power), power)
 
 
 @dataclass(frozen=True, eq=False)

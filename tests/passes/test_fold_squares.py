@@ -12,7 +12,8 @@ from zeroskip.ir.capture import capture
 from zeroskip.ir.facts import Statistics
 from zeroskip.ir.folding import FoldedScales
 from zeroskip.ir.program import Program
-from zeroskip.ir.scale_groups import ScaleGroup, ScaleGroups, raised
+from zeroskip.ir.scale_equations import raised
+from zeroskip.ir.scale_groups import ScaleGroup, ScaleGroups
 from zeroskip.passes import FindScaleGroups, FoldScales, InduceSparsity, Observe
 from zeroskip.passes.base import measure_drift
 
