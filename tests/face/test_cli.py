@@ -89,13 +89,13 @@ def test_compile_writes_the_whole_folder(
 
 
 def test_compile_with_calibration_and_export(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, checkpoint: Path, text_file: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, shallow: Path, text_file: Path
 ) -> None:
     recipe, out = tmp_path / "r.yaml", tmp_path / "build"
     recipe.write_text(CALIBRATED, encoding="utf-8")
     arguments = ("--calibration", text_file, "--samples", "3", "--seed", "5", "--json")
     code, stdout, stderr = run(
-        capsys, "compile", checkpoint, "--recipe", recipe, "--out", out, *arguments
+        capsys, "compile", shallow, "--recipe", recipe, "--out", out, *arguments
     )
     assert code == 0, stderr
     assert json.loads(stdout) == json.loads((out / "report.json").read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from tests.small import Residual, small_model
-from tests.zoo import ZOO
+from tests.zoo import GROUPED, ZOO
 from zeroskip import CompiledModel, compile_sparse
 from zeroskip.ir.errors import ArtifactError, CalibrationError, CaptureError, CompileError
 from zeroskip.ir.facts import SparseWeights
@@ -110,7 +110,8 @@ def test_a_failure_at_the_end_leaves_the_model_untouched() -> None:
 
 
 def test_tied_weights_stay_tied(tmp_path: Path) -> None:
-    model = ZOO["llama_tied"].model()
+    config = hf.LlamaConfig(**{**GROUPED, "num_hidden_layers": 1, "tie_word_embeddings": True})
+    model = hf.LlamaForCausalLM(config).eval()
     head = ("model.embed_tokens.weight",)
     steps: list[Pass] = [*MAGNITUDE, PruneMagnitude("2:4", include=head), ApplyMasks()]
     compiled = compile_sparse(model, steps)
@@ -180,9 +181,19 @@ def test_the_report_as_json(report_of_llama: CompiledModel) -> None:
     assert document["seconds"] > 0
 
 
+def shallow_model(name: str) -> nn.Module:
+    """A model of the zoo with one layer."""
+    if name == "llama":
+        return small_model("llama")
+    one = {"t5": {"num_layers": 1, "num_decoder_layers": 1}, "vit": {"num_hidden_layers": 1}}
+    model = ZOO[name].model()
+    config = type(model.config)(**{**model.config.to_dict(), **one[name]})  # type: ignore[operator]
+    return type(model)(config).eval()
+
+
 @pytest.mark.parametrize("name", ["llama", "vit", "t5"])
 def test_example_inputs_are_made_up(name: str) -> None:
-    compiled = compile_sparse(ZOO[name].model(), MAGNITUDE)
+    compiled = compile_sparse(shallow_model(name), MAGNITUDE)
     inputs = {
         "llama": ("input_ids", "attention_mask"),
         "vit": ("pixel_values",),

@@ -63,7 +63,7 @@ def logits(folder: Path, *, kernels: bool) -> np.ndarray:
 
 def test_the_recipe(
     tmp_path: Path,
-    checkpoint: Path,
+    shallow: Path,
     text_file: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -74,12 +74,12 @@ def test_the_recipe(
     monkeypatch.setattr(dispatch, "NODE_SECONDS", 0.0)
     out = tmp_path / "sparse"
     sizes = ("--samples", "2", "--sequence-length", "32")
-    run("compile", checkpoint, "-r", RECIPE, "-o", out, "--calibration", text_file, *sizes)
+    run("compile", shallow, "-r", RECIPE, "-o", out, "--calibration", text_file, *sizes)
     printed = capsys.readouterr().out
 
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     pruned = {each["name"]: each for each in report["linears"] if each["pattern"] != "dense"}
-    assert len(pruned) == 14
+    assert len(pruned) == 7
     verdicts = {name: Verdict.from_json(each["verdict"]) for name, each in pruned.items()}
     for name, verdict in verdicts.items():
         assert (verdict.value_type, verdict.source) == ("bfloat16", "table"), name
@@ -89,8 +89,7 @@ def test_the_recipe(
     packed = [node.input[1] for node in nodes if node.op_type == "SparseLinear"]
     assert {name.removesuffix("_bitmask") for name in packed} == set(verdicts)
 
-    line = next(x for x in printed.splitlines() if "layers.0-1.mlp.up_proj.weight" in x)
-    assert "x 2" in line
+    line = next(x for x in printed.splitlines() if "layers.0.mlp.up_proj.weight" in x)
     assert "2.00x @1, 2.00x @128" in line
     assert line.endswith("sparse: 2.00x on average over m=1, 128")
 

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
+from tests.kept_traces import capture_once as capture
 from tests.zoo import ZOO
-from zeroskip.ir.capture import capture
 from zeroskip.ir.errors import CalibrationError, CompileError, PatternError
 from zeroskip.ir.patterns import parse_pattern
 from zeroskip.ir.program import Program
