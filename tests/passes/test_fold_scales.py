@@ -13,10 +13,10 @@ import transformers as hf
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from tests.kept_traces import capture_once as capture
 from tests.small import small_model, small_program
 from tests.zoo import VOCABULARY, ZOO, randomize
 from zeroskip import compile_sparse
-from zeroskip.ir.capture import capture
 from zeroskip.ir.errors import CompileError, RequirementError
 from zeroskip.ir.facts import Masks, SparseWeights, Statistics
 from zeroskip.ir.folding import FoldedScales, Scaled

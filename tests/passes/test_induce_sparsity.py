@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kept_traces import capture_once as capture
 from tests.small import small_program
 from tests.zoo import ZOO
-from zeroskip.ir.capture import capture
 from zeroskip.ir.errors import CalibrationError, CompileError, PatternError
 from zeroskip.ir.facts import Statistics
 from zeroskip.ir.folding import FoldedScales, fold_groups

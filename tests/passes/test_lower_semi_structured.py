@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tests.kept_traces import capture_once as capture
 from tests.small import small_model, small_program
 from tests.zoo import ZOO
 from zeroskip import compile_sparse
 from zeroskip.ir.biases import ShiftedBiases, find_bias
-from zeroskip.ir.capture import capture
 from zeroskip.ir.errors import LoweringError, RecipeError, RequirementError
 from zeroskip.ir.facts import Lowered, SparseWeights
 from zeroskip.ir.linears import find_linears
@@ -644,6 +644,7 @@ def test_shifted_biases_are_still_found() -> None:
     assert groups(lowered) == {("q", "k", "v"), ("gate", "up")}
 
 
+@pytest.mark.usefixtures("translated_once")
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("form", ["cache", "plain"])
 def test_onnx_has_dense_weights_under_their_names(form: Any, fuse: bool, tmp_path: Path) -> None:

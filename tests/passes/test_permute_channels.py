@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tests.kept_traces import capture_once as capture
 from tests.small import small_program
 from tests.zoo import ZOO
-from zeroskip.ir.capture import capture
 from zeroskip.ir.channel_groups import ChannelGroups, find_channel_groups
 from zeroskip.ir.channel_permutation import PermutedChannels, Reordered, permute_channels
 from zeroskip.ir.errors import CompileError, PatternError, RecipeError

@@ -10,11 +10,11 @@ import torch
 import transformers as hf
 from torch import nn
 
+from tests.kept_traces import capture_once as capture
 from tests.passes import references
 from tests.small import small_program
 from tests.zoo import ZOO
 from zeroskip import calibration_from_text, compile_sparse
-from zeroskip.ir.capture import capture
 from zeroskip.ir.errors import CalibrationError, CompileError, PatternError, RequirementError
 from zeroskip.ir.facts import EdgeStatistics, Masks, SparseWeights, Statistics
 from zeroskip.ir.linears import find_linears

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.kept_traces import capture_once as capture
 from tests.small import small_model, small_program
 from tests.zoo import ZOO
 from zeroskip import compile_sparse
-from zeroskip.ir.capture import capture
 from zeroskip.ir.errors import CalibrationError, CompileError, RequirementError
 from zeroskip.ir.facts import SparseWeights
 from zeroskip.ir.linears import find_linears

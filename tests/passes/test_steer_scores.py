@@ -8,10 +8,10 @@ import functools
 import pytest
 import torch
 
+from tests.kept_traces import capture_once as capture
 from tests.passes.references import keep
 from tests.small import SMALL, small_program
 from tests.zoo import ZOO
-from zeroskip.ir.capture import capture
 from zeroskip.ir.errors import PatternError, RecipeError, RequirementError
 from zeroskip.ir.facts import Masks, ScoreMultipliers, Statistics, Steering
 from zeroskip.ir.linears import find_linears

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.kept_traces import capture_once as capture
 from tests.small import small_program
 from tests.zoo import ZOO
-from zeroskip.ir.capture import capture
 from zeroskip.ir.elastic import LEVELS, Elastic
 from zeroskip.ir.elastic_training import ElasticStage, draw_thresholds, share_groups, thresholds_of
 from zeroskip.ir.errors import CalibrationError, PatternError, RecipeError, RequirementError

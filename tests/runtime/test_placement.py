@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 
+from tests.kept_traces import capture_once as capture
 from tests.zoo import ZOO
 from zeroskip.ir import half_products
-from zeroskip.ir.capture import capture
 from zeroskip.ir.errors import LoweringError
 from zeroskip.ir.program import Program, attribute
 from zeroskip.passes import ApplyMasks, LowerSemiStructured, PassManager, PruneMagnitude

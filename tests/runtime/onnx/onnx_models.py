@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import ZOO
 
-from zeroskip.ir.capture import capture
+from tests.kept_traces import capture_once as capture
 from zeroskip.ir.weights import Weights
 from zeroskip.runtime.onnx.export import OnnxArtifact, export_onnx
 

@@ -19,6 +19,7 @@ from zeroskip.runtime.onnx.export import export_onnx
 from zeroskip.runtime.onnx.parity import LIMIT, PARITY_FILE
 
 
+@pytest.mark.usefixtures("translated_once")
 def test_export_writes_what_clients_read(small_llama: nn.Module, tmp_path: Path) -> None:
     tokenizer = tmp_path / "checkpoint"
     tokenizer.mkdir()
@@ -47,6 +48,7 @@ def test_export_writes_what_clients_read(small_llama: nn.Module, tmp_path: Path)
     assert b"site-packages" not in (artifact.path / "model.onnx").read_bytes()
 
 
+@pytest.mark.usefixtures("translated_once")
 def test_a_wrong_weight_is_noticed_and_nothing_is_left(
     small_llama: nn.Module, tmp_path: Path
 ) -> None:
