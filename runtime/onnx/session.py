@@ -75,6 +75,9 @@ class OnnxModel:
             options.intra_op_num_threads = threads
         if mapped:
             options.add_session_config_entry("session.disable_prepacking", "1")
+            # Else room for all weights in one piece is asked for first, never to be used; where
+            # they are larger than memory, the system refuses.
+            options.enable_mem_pattern = False
         try:
             _use_kernels(options, self.path)
             for library in custom_ops:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from onnx_models import logits_of, parameters
@@ -124,6 +127,38 @@ def anonymous_memory() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a file of zeros takes its size")
+def test_a_mapped_model_may_be_larger_than_memory(tmp_path: Path) -> None:
+    width = 8192
+    size = 4 * width * width
+    count = 3 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 // size + 1
+    weights, nodes = [], []
+    for i in range(count):
+        weight = onnx.TensorProto(name=f"w{i}", data_type=onnx.TensorProto.FLOAT)
+        weight.dims.extend([width, width])
+        weight.data_location = onnx.TensorProto.EXTERNAL
+        place = {"location": "model.onnx.data", "offset": str(i * size), "length": str(size)}
+        for key, value in place.items():
+            weight.external_data.add(key=key, value=value)
+        weights.append(weight)
+        nodes.append(onnx.helper.make_node("Transpose", [f"w{i}"], [f"t{i}"], perm=[1, 0]))
+        nodes.append(onnx.helper.make_node("MatMul", [f"y{i}", f"t{i}"], [f"y{i + 1}"]))
+    ends = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, width])
+        for name in ("y0", f"y{count}")
+    ]
+    graph = onnx.helper.make_graph(nodes, "large", ends[:1], ends[1:], weights)
+    opset = onnx.helper.make_opsetid("", 20)
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10),
+        tmp_path / "model.onnx",
+    )
+    with (tmp_path / "model.onnx.data").open("wb") as file:
+        file.truncate(count * size)  # All zeros: next to nothing on the disk.
+    # Nothing is run: that would read all of it.
+    assert OnnxModel(tmp_path, mapped=True, threads=1).inputs == ("y0",)
+
+
 def test_a_mapped_model_computes_the_same_and_copies_no_weights(wide_folder: Path) -> None:
     inputs = {"input": torch.randn(2, 4096)}
     before = anonymous_memory()
