@@ -82,6 +82,18 @@ METHODS: dict[str, list[Any]] = {
         {"prune-sparsegpt": {"pattern": P}},
         "reconstruct-blocks",
     ],
+    "sparsegpt + outputs": [
+        {"observe": {"gram": True}},
+        {"prune-sparsegpt": {"pattern": P}},
+        {
+            "distill-outputs": {
+                "epochs": 2,
+                "learning_rate": 0.001,
+                "batch": 1,
+                "held_out": 0.03,
+            }
+        },
+    ],
 }
 Row = dict[str, Any]
 
