@@ -38,7 +38,7 @@ def save_checkpoint(
     weights: Weights,
     model: nn.Module,
     directory: Path,
-    max_shard_bytes: int = 5 * 2**30,
+    max_shard_bytes: int = 2**30,
 ) -> None:
     """Writes a checkpoint; `from_pretrained(directory)` gives exactly these weights.
 

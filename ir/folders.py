@@ -84,8 +84,7 @@ def new_folder(target: Path, partial: Path | None = None) -> Iterator[Path]:
         ) from error
     try:
         yield partial
-        open_to_umask(partial, 0o777)
-        _sync_all(partial)
+        _settle(partial)
         partial.replace(target)  # Replaces an empty folder, refuses one that was filled since.
         sync(target.parent)
     except (OSError, SafetensorError) as error:  # safetensors wraps what the disk answers.
@@ -116,13 +115,17 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sync_all(folder: Path) -> None:
-    """Waits for all that lies in a folder, and for its names."""
+def _settle(folder: Path) -> None:
+    """Gives all that lies in a folder, and itself, the modes of new files, and waits for the disk.
+
+    safetensors and `tempfile` make files that only their owner may read.
+    """
     for above, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            file = Path(above, name)
+        for file in (Path(above, name) for name in names):
             if not file.is_symlink():
+                open_to_umask(file, 0o666)
                 sync(file)
+        open_to_umask(Path(above), 0o777)
         sync(Path(above))
 
 
@@ -143,8 +146,7 @@ def set_aside(partial: Path, place: Path) -> None:
         ArtifactError: The place is taken by now, or cannot be written.
     """
     try:
-        open_to_umask(partial, 0o777)
-        _sync_all(partial)
+        _settle(partial)
         partial.rename(place)
         sync(place.parent)
     except OSError as error:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from zeroskip.ir import folders
 from zeroskip.ir.folders import new_folder, set_aside, source_folder
@@ -91,3 +92,15 @@ def test_waiting_works_for_files_and_folders(tmp_path: Path) -> None:
     folders.sync(tmp_path)
     with pytest.raises(FileNotFoundError):
         folders.sync(tmp_path / "none")
+
+
+def test_what_is_written_is_for_whom_the_umask_lets_read_it(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "out") as folder:
+        save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")
+        (folder / "inner").mkdir(mode=0o700)
+        (folder / "inner" / "private").touch(mode=0o600)
+    (tmp_path / "plain").touch()
+    (tmp_path / "folder").mkdir()
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert modes["model.safetensors"] == modes["private"] == modes["plain"]
+    assert modes["out"] == modes["inner"] == modes["folder"]
