@@ -215,7 +215,7 @@ def _targets(node: fx.Node) -> list[fx.Node]:
         **dict(zip((a.name for a in schema.arguments), node.args, strict=False)),
     }
     names = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
-    return [given[name] for name in names if isinstance(given.get(name), fx.Node)]  # type: ignore[misc]
+    return [given[name] for name in names if isinstance(given.get(name), fx.Node)]
 
 
 def _is_view(node: fx.Node) -> bool:
