@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from zeroskip.ir.scale_groups import Refusal, ScaleGroup, ScaleGroups
+from zeroskip.ir.scale_groups import Member, Refusal, ScaleGroup, ScaleGroups
 from zeroskip.linear_table import common_name, table, without_numbers
 
 # A node in a reason: `silu_1` in "silu at silu_1: not known to keep them".
@@ -23,6 +23,7 @@ def scales_json(found: ScaleGroups) -> dict[str, Any]:
                 "sign": "positive" if group.positive else "any",
                 "inputs_of": [consumer.linear for consumer in group.consumers],
                 "parameters": list(group.parameters),
+                "members": [_member_json(member) for member in group.members],
                 "shift": [shift.parameter for shift in group.shifts],
             }
             for group in found.groups.values()
@@ -31,6 +32,15 @@ def scales_json(found: ScaleGroups) -> dict[str, Any]:
             {"linear": each.linear, "side": each.side, "reason": each.reason}
             for each in found.refusals
         ],
+    }
+
+
+def _member_json(member: Member) -> dict[str, Any]:
+    used = member.exponents[member.exponents != 0]
+    return {
+        "parameter": member.parameter,
+        "axis": member.axis,
+        "exponents": sorted(set(used.tolist())),
     }
 
 

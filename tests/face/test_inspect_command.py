@@ -55,6 +55,11 @@ def test_json_is_complete(capsys: pytest.CaptureFixture[str], checkpoint: Path) 
         "sign": "any",
         "inputs_of": names,
         "parameters": [f"{layer}input_layernorm.weight", *names],
+        # Each gain has a scale of its own; the inputs of linears are the second axis of a weight.
+        "members": [
+            {"parameter": f"{layer}input_layernorm.weight", "axis": None, "exponents": [-1]},
+            *({"parameter": name, "axis": 1, "exponents": [1]} for name in names),
+        ],
         "shift": [],
     }
     assert {
