@@ -22,6 +22,8 @@ from typing import Any
 
 from methods import DATA, MODEL, TEXT, case, describe
 
+from zeroskip.recipe_document import CalibrationOptions
+
 Row = dict[str, Any]
 GROUPS = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7)
 # Hierarchy and mixer; the first is the default.
@@ -110,7 +112,7 @@ def measure_elastic(
     ]
     if not missing:
         return
-    model, calibration, texts = case(arguments)
+    model, calibration, texts = case(arguments, calibration_of(arguments))
     step = TrainElastic(
         groups=tuple(arguments.groups),
         epochs=arguments.epochs,
@@ -150,7 +152,7 @@ def measure_rival(arguments: argparse.Namespace, rival: str, sparsity: float, ke
 
     from zeroskip import compile_sparse
 
-    model, calibration, texts = case(arguments)
+    model, calibration, texts = case(arguments, calibration_of(arguments))
     recipe: Any = recipe_of(rival, str(sparsity))
     started = time.perf_counter(), time.process_time()
     with warnings.catch_warnings():
@@ -165,6 +167,11 @@ def measure_rival(arguments: argparse.Namespace, rival: str, sparsity: float, ke
             "log_perplexity": evaluate(compiled, texts, arguments.window),
         }
     )
+
+
+def calibration_of(arguments: argparse.Namespace) -> CalibrationOptions:
+    """What training and the rivals see."""
+    return CalibrationOptions(arguments.samples, arguments.sequence_length)
 
 
 def evaluate(target: Any, texts: dict[str, Any], window: int) -> dict[str, float]:

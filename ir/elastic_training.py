@@ -87,7 +87,8 @@ class ElasticStage:
                 used = adapters_of(group, groups, hierarchy)
                 weight = weight + correction(*self.adapters[linear.name], used)
             keep = self.elastic.linears[linear.name].levels >= threshold
-            weights.append((linear, weight.masked_fill(~keep, 0)))
+            # Several times as fast as masked_fill, there and back.
+            weights.append((linear, weight * keep.to(weight.dtype)))
         return run_with(self.program, batch, stacked_weights(self.program, weights))
 
     def error(self, found: Batch, wanted: Batch, batch: Batch, by_token: bool) -> torch.Tensor:

@@ -150,9 +150,8 @@ def test_scales_are_compared_with_none(tmp_path: Path) -> None:
     printed, document = run("induction.py", tmp_path, *size, *options)
     cells = {(row["pruner"], row["method"]): row for row in document["results"]}
     assert cells.keys() == set(itertools.product(pruners, methods))
-    # What updates weights has taken them away before; scales are learned for two scores.
+    # Scales are learned for two scores.
     left_out = {key: str(row["note"]) for key, row in cells.items() if "note" in row}
-    assert "gone before shift-to-bias" in left_out.pop(("prune-sparsegpt", "+ ShiftToBias"))
     assert left_out.keys() == {(name, "+ InduceSparsity") for name in pruners[2:]}
     assert set(left_out.values()) == {
         "scales are learned for the scores of magnitude and wanda only"
@@ -170,6 +169,24 @@ def test_scales_are_compared_with_none(tmp_path: Path) -> None:
     assert found["prune-magnitude", "+ FoldScales"] != found["prune-magnitude", "alone"]
     assert document["refresh"]["ratio"] > 1
     assert "scores refreshed from a cached diagonal" in printed
+
+
+def test_one_elastic_artefact_is_held_against_pruning_again(tmp_path: Path) -> None:
+    size = ("--tiny", "--threads", "1", "--epochs", "1", "--groups", "0.5", "0.7")
+    goal = ("--sparsities", "0.5", "0.7", "--rivals", "wanda")
+    printed, first = run("elastic.py", tmp_path, *size, *goal)
+    cells = {(row["method"], row["sparsity"]) for row in first["results"]}
+    assert cells == set(itertools.product(("elastic", "wanda"), (0.5, 0.7)))
+    assert all(row["log_perplexity"]["random"] > 0 for row in first["results"])
+    assert "seconds to switch" in printed
+    picture = ("--ablate", "--plot", str(tmp_path / "plot.png"))
+    _printed, second = run("elastic.py", tmp_path, *size, *goal, *picture)
+    # What was measured is not measured again, to the second.
+    assert second["results"][: len(first["results"])] == first["results"]
+    more = {(row["method"], row["sparsity"]) for row in second["results"]} - cells
+    assert ("elastic independent mixed", 0.7) in more
+    assert ("elastic nested dense", 0.7) in more and len(more) == 4
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
 def test_methods_are_compared_and_a_run_goes_on(tmp_path: Path) -> None:
