@@ -32,7 +32,7 @@ from zeroskip.passes.scale_methods import (
     seen_consumers,
 )
 
-SCORES = ("magnitude", "wanda")
+SCORES = ("magnitude", "wanda", "sparsegpt")
 TARGETS = ("dense", "stage")
 INITS = ("rms", "paper", "ones")
 Tensors = dict[str, torch.Tensor]
@@ -54,12 +54,12 @@ class InduceSparsity(Pass):
     Some of the calibration batches are held out. A stage keeps what does best on them, hard masks
     and all: the scales learned, those it started from, or none. The fact `Induced` says which.
 
-    A scale of input channels cancels out of Wanda's score, compared within rows or N:M groups:
-    nothing is learned for it. Magnitudes change most.
+    A scale of input channels cancels out of the scores of Wanda and SparseGPT, compared within rows or
+    N:M groups: nothing is learned for them, and nothing is folded. Magnitudes change most.
 
     Args:
         pattern: What the pruner will keep.
-        score: How it will score: `magnitude` or `wanda`.
+        score: How it will score: `magnitude`, `wanda`, or, where nothing is to be learned, `sparsegpt`.
         target: `dense`: the two streams; `stage`: what the dense stage makes of its pruned inputs.
         init: Where scales start. `rms`: sqrt(E[x^2]), under which magnitude is Wanda (Wanda itself
             starts from ones). `paper`: ((median - mean_weight * mean)^2)^kappa. `ones`.
@@ -149,6 +149,13 @@ class InduceSparsity(Pass):
                     pass_name=self.name,
                     next_step=f"one of {', '.join(str(value) for value in known)}",
                 )
+        if self.score == "sparsegpt" and not self._is_idle():
+            raise CompileError(
+                "there are no scales to learn for SparseGPT: its scores follow weights that change "
+                "as it goes",
+                pass_name=self.name,
+                next_step='take score "magnitude" or "wanda"; in rows and N:M groups nothing is needed',
+            )
         ranges = {
             "epochs": self.epochs >= 0,
             "learning_rate": self.learning_rate > 0,
@@ -236,7 +243,7 @@ class InduceSparsity(Pass):
         by_row = isinstance(pattern, NM) or (
             isinstance(pattern, Unstructured) and pattern.comparison == "row"
         )
-        return self.score == "wanda" and by_row and not self.literal
+        return self.score in ("wanda", "sparsegpt") and by_row and not self.literal
 
     def _groups(
         self, program: Program, linears: Sequence[Linear], known: Induced

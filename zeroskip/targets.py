@@ -14,6 +14,8 @@ from zeroskip.ir.errors import EvaluationError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from zeroskip.runtime.onnx.session import OnnxModel
+
 Logits = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -47,6 +49,8 @@ def logits_of(target: Any) -> Iterator[Logits]:
 
     def call(ids: torch.Tensor) -> torch.Tensor:
         ids = ids.to(device)
+        if not getattr(target, "has_cache", True):
+            return _tensor_of(target.run(_inputs_of(target, ids)), target)
         if hasattr(target, "logits"):
             return _tensor_of(target.logits(ids), target)
         mask = torch.ones_like(ids)
@@ -61,9 +65,24 @@ def logits_of(target: Any) -> Iterator[Logits]:
             module.train(training)
 
 
+def _inputs_of(model: OnnxModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a graph without a cache takes for ids [B, S] that are no padding."""
+    known = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "position_ids": torch.arange(ids.shape[1]).expand_as(ids),
+    }
+    if strange := [name for name in model.inputs if name not in known]:
+        raise EvaluationError(
+            f"{model.path} also takes {', '.join(strange)}, which a text does not give.",
+            next_step="Evaluate the checkpoint that it was exported from.",
+        )
+    return {name: known[name] for name in model.inputs}
+
+
 def _tensor_of(output: Any, target: Any) -> torch.Tensor:
     """Finds the logits in a model's answer: bare, under their name, or first of a tuple."""
-    found = output["logits"] if hasattr(output, "keys") else output
+    found = output.get("logits") if hasattr(output, "keys") else output
     found = found[0] if isinstance(found, tuple) else found
     if not isinstance(found, torch.Tensor):
         raise EvaluationError(f"{type(target).__name__} gave no logits.")

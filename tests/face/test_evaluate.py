@@ -11,7 +11,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from zeroskip.compile import compile_sparse
 from zeroskip.evaluate import perplexity, windows
 from zeroskip.ir.errors import EvaluationError
-from zeroskip.passes import ApplyMasks, PruneMagnitude
+from zeroskip.passes import ApplyMasks, ExportOnnx, PruneMagnitude
+from zeroskip.runtime.onnx.session import OnnxModel
 
 IDS = torch.randint(256, (301,), generator=torch.Generator().manual_seed(3))
 
@@ -121,6 +122,40 @@ def test_other_targets(model: LlamaForCausalLM) -> None:
     for target in targets:
         result = perplexity(target, IDS, sequence_length=64)
         assert result.negative_log_likelihood == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_onnx_file_without_a_cache(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    compile_sparse(model, [ExportOnnx(tmp_path / "onnx", form="plain")])
+    exported = OnnxModel(tmp_path / "onnx")
+    assert not exported.has_cache
+    found = perplexity(exported, IDS, sequence_length=64)
+    expected = perplexity(model, IDS, sequence_length=64).negative_log_likelihood
+    assert found.negative_log_likelihood == pytest.approx(expected, abs=1e-5)
+
+
+class Encoder:
+    """An exported graph that is no language model."""
+
+    path = Path("model.onnx")
+    has_cache = False
+
+    def __init__(self, *inputs: str) -> None:
+        self.inputs = inputs
+
+    def run(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"last_hidden_state": inputs["input_ids"].float()}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "reason"),
+    [
+        (("input_ids", "attention_mask"), "gave no logits"),
+        (("input_ids", "pixel_values"), "model.onnx also takes pixel_values"),
+    ],
+)
+def test_refuses_an_onnx_file_that_cannot_be_scored(inputs: tuple[str, ...], reason: str) -> None:
+    with pytest.raises(EvaluationError, match=reason):
+        perplexity(Encoder(*inputs), IDS, sequence_length=64)
 
 
 def test_a_compiled_model(model: LlamaForCausalLM) -> None:

@@ -494,10 +494,11 @@ def test_a_live_model_is_not_touched() -> None:
         assert torch.equal(parameter, before[name])
 
 
+@pytest.mark.parametrize("score", ["wanda", "sparsegpt"])
 @pytest.mark.parametrize("pattern", ["50%", "2:4"])
-def test_nothing_is_learned_for_scores_that_scales_cancel_out_of(pattern: str) -> None:
+def test_nothing_is_learned_for_scores_that_scales_cancel_out_of(pattern: str, score: str) -> None:
     program = program_of("llama")
-    result = InduceSparsity(pattern, "wanda")(program)
+    result = InduceSparsity(pattern, score)(program)
     assert result.drift is None
     assert all("cancels out" in r for r in result.program.fact(FoldedScales).refused.values())
     assert all(o.before is None for o in result.program.fact(Induced).outcomes.values())
@@ -526,6 +527,9 @@ def test_refusals() -> None:
     for options in ({"score": "luck"}, {"init": "luck"}, {"p": 3.0}):
         with pytest.raises(CompileError, match="there is no"):
             InduceSparsity(**options)  # type: ignore[arg-type]
+    for unlearnable in ({"pattern": "0.5 matrix"}, {"literal": True}):
+        with pytest.raises(CompileError, match="no scales to learn for SparseGPT"):
+            InduceSparsity(score="sparsegpt", **unlearnable)  # type: ignore[arg-type]
     bad: list[dict[str, object]] = [{"epochs": -1}, {"learning_rate": 0.0}, {"temperature": 0.0}]
     bad += [{"limit": 0.5}, {"held_out": 1.0}, {"kappa": 0.0}, {"alpha": -1.0}]
     bad += [{"refresh": 0}]
