@@ -21,7 +21,7 @@ from zeroskip.ir.errors import CaptureError, CompileError
 from zeroskip.ir.folders import source_folder
 from zeroskip.ir.packing import packed_names
 from zeroskip.ir.program import Batch, Program
-from zeroskip.ir.stage_files import StageFiles
+from zeroskip.ir.stage_files import StageFiles, digest_of
 from zeroskip.passes import Instrument, MaterializeElastic, Pass, PassManager
 from zeroskip.passes.base import measure_drift
 from zeroskip.progress import ProgressBar
@@ -124,35 +124,62 @@ def compile_sparse(
     """
     batches = read_batches(calibration)
     program = open_program(model, example_inputs, batches, dynamic_shapes)
-    check_batches(program, batches)
-    program = dataclasses.replace(program, calibration=batches)
+    live = model if isinstance(model, torch.nn.Module) else None
+    files = work if isinstance(work, StageFiles) else None
+    if work is not None and files is None:
+        from zeroskip.compile_key import model_digest
+
+        read = model_digest(Path(str(model)) if live is None else live)
+        files = StageFiles(Path(str(work)), digest_of([read, example_inputs]))
+    return compile_program(
+        program,
+        passes,
+        live=live,
+        memory=memory,
+        instruments=instruments,
+        progress=progress,
+        files=files,
+    )
+
+
+def compile_program(
+    program: Program,
+    passes: Sequence[Pass],
+    *,
+    live: torch.nn.Module | None,
+    memory: str | int,
+    instruments: Sequence[Instrument],
+    progress: bool,
+    files: StageFiles | None,
+) -> CompiledModel:
+    """Compiles what `open_program` returned; arguments as those of `compile_sparse`.
+
+    Args:
+        program: With its calibration data.
+        passes: In the order in which they run.
+        live: The module to write new weights into; None for a checkpoint on disk.
+        memory: Budget for activations.
+        instruments: Watchers.
+        progress: Show a progress bar on standard error.
+        files: Where finished stages are kept; its key says what was read.
+
+    Raises:
+        CompileError: As `compile_sparse`.
+    """
+    if files is not None:
+        from zeroskip.compile_key import stage_key
+
+        settings = [list(program.calibration), memory]
+        files = StageFiles(files.folder, stage_key(files.key, passes, settings))
     watchers = [*instruments, *([ProgressBar()] if progress else [])]
-    files = None
-    if work is not None:
-        files = _stage_files(work, model, passes, [batches, memory, example_inputs])
     result = PassManager(tuple(passes), memory, tuple(watchers), files)(program)
     compiled = dataclasses.replace(result.program, calibration=(), dense=None)
     drift = measure_drift(program, compiled)
     report = make_report(compiled, result, drift)
-    live = model if isinstance(model, torch.nn.Module) else None
     _add_parameters(compiled)
     if live is not None:
         _write_back(live, program, compiled)
     return CompiledModel(live, compiled, report)
-
-
-def _stage_files(
-    work: str | Path | StageFiles,
-    model: torch.nn.Module | str | Path,
-    passes: Sequence[Pass],
-    settings: list[object],
-) -> StageFiles:
-    from zeroskip.compile_key import stage_key
-
-    if isinstance(work, StageFiles):
-        return StageFiles(work.folder, stage_key(work.key, passes, settings))
-    read = model if isinstance(model, torch.nn.Module) else Path(model)
-    return StageFiles(Path(work), stage_key(read, passes, settings))
 
 
 def materialize(program: Program, sparsity: float, then: Sequence[Pass] = ()) -> CompiledModel:
@@ -184,21 +211,24 @@ def open_program(
     Args:
         model: See `compile_sparse`.
         example_inputs: By default a few rows of the batches, or made up.
-        batches: Calibration data, if there is any.
+        batches: Calibration data, if there is any; it comes with the program.
         dynamic_shapes: As for `torch.export`.
 
     Raises:
-        CompileError: It is not a model, or cannot be captured.
+        CompileError: It is not a model, or cannot be captured, or the data does not fit it.
     """
     if isinstance(model, (str, Path)):
-        return _capture_checkpoint(Path(model), example_inputs, batches, dynamic_shapes)
-    if not isinstance(model, torch.nn.Module):
+        program = _capture_checkpoint(Path(model), example_inputs, batches, dynamic_shapes)
+    elif isinstance(model, torch.nn.Module):
+        examples = example_inputs or example_from(batches) or default_inputs(model)
+        program = capture(model, examples, dynamic_shapes=dynamic_shapes)
+    else:
         raise CaptureError(
             f"a {type(model).__name__} cannot be compiled",
             next_step="pass a torch.nn.Module or the path of a checkpoint directory",
         )
-    examples = example_inputs or example_from(batches) or default_inputs(model)
-    return capture(model, examples, dynamic_shapes=dynamic_shapes)
+    check_batches(program, batches)
+    return dataclasses.replace(program, calibration=batches)
 
 
 def _capture_checkpoint(

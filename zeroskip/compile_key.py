@@ -40,20 +40,23 @@ def artefact_key(plan: Recipe, inputs: Sequence[InputFile]) -> dict[str, Any]:
     }
 
 
-def stage_key(model: object, passes: Sequence[Pass], settings: object) -> str:
+def stage_key(read: str, passes: Sequence[Pass], settings: object) -> str:
     """Returns what finished stages are known by, besides the options of the passes that made them.
 
     Args:
-        model: Its digest, or a module, or a checkpoint directory, to be read for one.
+        read: A digest of the model.
         passes: Those of other packages count with the file that they are written in.
         settings: Calibration data, and whatever else was chosen.
     """
-    if isinstance(model, torch.nn.Module):
-        model = digest_of([sorted(model.state_dict().items()), str(model)])
-    elif isinstance(model, Path):
-        model = files_digest(read_inputs("model", model))
     sources = sorted({_source(type(step)) for step in passes})
-    return digest_of([model, sources, settings, code_digest(), versions(), machine()])
+    return digest_of([read, sources, settings, code_digest(), versions(), machine()])
+
+
+def model_digest(model: torch.nn.Module | Path) -> str:
+    """Returns a digest of a module, or of the files of a checkpoint directory."""
+    if isinstance(model, torch.nn.Module):
+        return digest_of([sorted(model.state_dict().items()), str(model)])
+    return files_digest(read_inputs("model", model))
 
 
 def files_digest(files: Sequence[InputFile]) -> str:

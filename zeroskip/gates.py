@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zeroskip import gate_measures
-from zeroskip.compile import CompiledModel, open_program
+from zeroskip.compile import CompiledModel
 from zeroskip.evaluate import encode
 from zeroskip.gate_measures import Baseline
 from zeroskip.gate_options import Gates
@@ -16,14 +16,15 @@ from zeroskip.ir.errors import CompileError, RecipeError
 from zeroskip.passes import ExportOnnx, Pass
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
+
+    from zeroskip.ir.program import Program
 
 
 def prepare_gates(
     gates: Gates,
     passes: Sequence[Pass],
-    source: torch.nn.Module | Path,
+    program: Program,
     tokenizer: PreTrainedTokenizerBase,
     memory: str | int = "4GiB",
 ) -> Baseline:
@@ -32,7 +33,7 @@ def prepare_gates(
     Args:
         gates: What will be demanded.
         passes: Of the recipe.
-        source: The dense model.
+        program: The dense model.
         tokenizer: Its tokenizer.
         memory: A model whose weights take more is read anew for each window.
 
@@ -45,7 +46,7 @@ def prepare_gates(
     if gate is None or gate.text is None:
         return Baseline()
     tokens = encode(Path(gate.text), tokenizer, gate.max_tokens)
-    return Baseline(tokens, gate_measures.score(open_program(source), tokens, gate, memory))
+    return Baseline(tokens, gate_measures.score(program, tokens, gate, memory))
 
 
 def check_decidable(gates: Gates, passes: Sequence[Pass]) -> None:

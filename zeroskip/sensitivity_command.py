@@ -45,7 +45,6 @@ def sensitivity_command(
     sensitivity.csv and sensitivity.html with a heat map and curves.
     """
     with refusing_inputs():
-        from zeroskip.batches import check_batches
         from zeroskip.calibration import calibration_from_text
         from zeroskip.compile import open_program
         from zeroskip.hub import local_model
@@ -78,16 +77,12 @@ def sensitivity_command(
             )
             source = open_source(model)
         program = open_program(source, batches=batches)
-        check_batches(program, batches)
         check_selection(program, tuple(include or ()), tuple(exclude or ()))
-    from dataclasses import replace
-
     from zeroskip.ir.selection import select_linears
     from zeroskip.passes.measure_sensitivity import measure_sensitivity
     from zeroskip.progress import ProgressBar
 
     started = time.perf_counter()
-    program = replace(program, calibration=batches)
     chosen = (tuple(include or ()), tuple(exclude or ()))
     measured = measure_sensitivity(
         program,

@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +22,25 @@ def prepare(model: Path, text: Path) -> None:
     sys.path.insert(0, str(Path(__file__).parents[2]))
     import torch
 
-    import zeroskip.compile
-
     # What a child would import anew each time.
-    import zeroskip.elastic
-    import zeroskip.report_page
+    import zeroskip.compile_job
     import zeroskip.runtime.onnx.export
     from tests.kept_traces import keep_translations
     from zeroskip.calibration import calibration_from_text
     from zeroskip.compile_key import code_digest
-    from zeroskip.ir.program import Program
+    from zeroskip.ir.program import Batch, Program
     from zeroskip.models import load_tokenizer
     from zeroskip.runtime.onnx import translate
 
     torch.set_num_threads(1)  # No threads, so that a fork is a whole process.
     code_digest()
     batches = calibration_from_text(text, load_tokenizer(model), samples=4, sequence_length=16)
-    program = zeroskip.compile.open_program(model, None, batches)
+    program = zeroskip.compile_job.open_program(model, None, batches)
 
-    def captured(*_: object) -> Program:
-        return program
+    def captured(_model: Path, _examples: None, batches: list[Batch]) -> Program:
+        return replace(program, calibration=batches)
 
-    zeroskip.compile.open_program = captured
+    zeroskip.compile_job.open_program = captured
     translate._standard_operators = keep_translations()
     with tempfile.TemporaryDirectory() as folder:
         zeroskip.runtime.onnx.export.export_onnx(

@@ -137,7 +137,7 @@ def test_what_cannot_be_decided_is_refused_before_anything_runs(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("it was compiled")
 
-    monkeypatch.setattr("zeroskip.compile.compile_sparse", never)
+    monkeypatch.setattr("zeroskip.compile_job.compile_program", never)
     recipe.write_text("passes: [prune-magnitude, apply-masks]", encoding="utf-8")
     gate = gate.replace("TEXT", str(tmp_path / "text.txt"))
     out = tmp_path / "build"
