@@ -58,9 +58,11 @@ METHODS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "+ InduceSparsity literal": (("induce-sparsity literal",), ()),
     "+ InduceSparsity": (("induce-sparsity",), ()),
     "+ ShiftToBias": ((), ("shift-to-bias",)),
+    "+ ShiftToBias updated": ((), ("shift-to-bias updated",)),
     "+ InduceSparsity + ShiftToBias": (("induce-sparsity",), ("shift-to-bias",)),
 }
-# What has a guard: with a pruner that is better than magnitude, it must make nothing worse.
+# What has a guard: with a pruner that is better than magnitude, it must make nothing worse. That of
+# ShiftToBias is off in "updated", which says what the guard is worth.
 GUARDED = ("+ InduceSparsity", "+ ShiftToBias", "+ InduceSparsity + ShiftToBias")
 SCORES = {"prune-magnitude": "magnitude", "prune-wanda": "wanda", "prune-sparsegpt": "sparsegpt"}
 # Between the models of `--repeats`, relative; half the distance of two float32 numbers is up to 6e-8.
@@ -284,6 +286,8 @@ def why_left_out(pruner: str, method: str) -> str | None:
     for name in (pruner, *before, *after):
         if name.split()[0] not in PASSES:
             return f"there is no pass {name.split()[0]}"
+    if "updated" in method and not issubclass(PASSES[pruner], UpdatingPruner):
+        return f"{pruner} changes no weight that stays"
     if "induce-sparsity" in before and pruner not in SCORES:
         return f"scales are learned for the scores of {', '.join(SCORES.values())} only"
     return None
@@ -301,7 +305,9 @@ def make(name: str, pruner: str, pattern: str, epochs: int) -> Pass:
         if literal and score == "sparsegpt":
             score = "magnitude"
         return kind(pattern=pattern, score=score, **options)  # type: ignore[no-any-return]
-    return kind(add=True) if name == "shift-to-bias" else kind()  # type: ignore[no-any-return]
+    if name.startswith("shift-to-bias"):
+        return kind(add=True, updated="updated" in name)  # type: ignore[no-any-return]
+    return kind()  # type: ignore[no-any-return]
 
 
 def time_refresh(program: Program) -> dict[str, float]:

@@ -36,9 +36,14 @@ from zeroskip.passes.base import Pass, Scope
 class ShiftToBias(Pass):
     """Adds what pruning by a mask M takes away on average, (W - W * M) E[x], to the bias of a linear.
 
-    Its place is between the pruner and `ApplyMasks`, where the weights are still whole. Behind a
-    pruner that applies its masks and changes the weights that stay, it takes W from the dense program,
-    which is known to the passes of one list. Masks, weights and density stay what they are.
+    Its place is between the pruner and `ApplyMasks`, where the weights are still whole; behind it, W
+    comes from the dense program, which is known to the passes of one list. Masks, weights and density
+    stay what they are.
+
+    A pruner that changes the weights that stay (SparseGPT) has them make up for what goes, its mean
+    included, as far as the data it saw tells. What is left there tells little of other data, and to
+    shift by it was no gain on the one model it was measured on (docs/results.md): such a linear is left
+    alone unless `updated`.
 
     The average over the calibration data may be that of no other text, so an output is shifted no
     further than every part of the data agrees to. With r_1, ..., r_n the averages of what it loses in
@@ -52,8 +57,8 @@ class ShiftToBias(Pass):
     depends on the length of the windows.
 
     Leaves alone, with the reason in the fact `ShiftedBiases`: a 3-D weight (experts), a bias that
-    something else reads too, a linear without a bias unless `add`, and with `add` one whose module
-    has no place for it. Refuses masks that were applied where nothing knows the dense weights.
+    something else reads too, a linear without a bias unless `add`, with `add` one whose module has no
+    place for it, and one whose other weights were changed unless `updated`. Refuses masks that were applied where nothing knows the dense weights.
 
     A bias that is added is one more parameter: of the program, of the module that was compiled, of
     the ONNX file and of the saved checkpoint. `from_pretrained` gives it back only where the
@@ -64,6 +69,7 @@ class ShiftToBias(Pass):
 
     Args:
         add: Also add a bias to linears that have none.
+        updated: Also shift where a pruner has changed the weights that stay.
         parts: Into how many parts the calibration data is cut; 1 takes the average, whatever it is.
         include: Shell-style patterns of linears. Empty: every one that has a mask.
         exclude: Patterns of linears to leave as they are.
@@ -85,6 +91,7 @@ class ShiftToBias(Pass):
     """
 
     add: bool = False
+    updated: bool = False
     parts: int = 8
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -137,6 +144,9 @@ class ShiftToBias(Pass):
             before = known.shifts.get(linear.name)
             if before is None:
                 self._check_order(program, linear, masks[linear.name], dense)
+                if not self.updated and _was_updated(program, linear, masks[linear.name], dense):
+                    refusals[linear.name] = "the weights that stay make up for those that went"
+                    continue
             # Taking a shift off and adding it again would not give the same bias to the last bit.
             if before is None or not before.mask.same_as(masks[linear.name]):
                 chosen.append(linear)
@@ -214,6 +224,14 @@ def _is_applied(program: Program, linear: Linear, mask: Mask) -> bool:
     applied = program.facts.get(SparseWeights, SparseWeights())
     assert isinstance(applied, SparseWeights)
     return mask.same_as(applied.masks.get(linear.name))
+
+
+def _was_updated(program: Program, linear: Linear, mask: Mask, dense: Mapping[str, Linear]) -> bool:
+    """Whether weights that stay are not what they were in the dense program."""
+    if program.dense is None or not _is_applied(program, linear, mask):
+        return False
+    kept = dense[linear.name].weight(program.dense).masked_fill(~mask.keep(), 0)
+    return not torch.equal(kept, linear.weight(program))
 
 
 def _dense_linears(program: Program) -> dict[str, Linear]:

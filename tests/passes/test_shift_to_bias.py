@@ -413,7 +413,7 @@ def test_masks_that_were_applied_give_the_same_shifts(lists: str) -> None:
 def test_behind_a_pruner_that_changes_weights_the_whole_difference_counts(name: str) -> None:
     start = small_program(name)
     pruned = PassManager([Observe(gram=True), PruneSparseGPT("2:4")])(start).program
-    result = ShiftToBias(add=True, parts=1)(pruned).program
+    result = ShiftToBias(add=True, updated=True, parts=1)(pruned).program
     shifts = result.fact(ShiftedBiases).shifts
     assert shifts
     for linear, found in shifts.items():
@@ -428,8 +428,19 @@ def test_behind_a_pruner_that_changes_weights_the_whole_difference_counts(name: 
         assert bool(lost.masked_fill(~keep, 0).any())
         weight = linears_of(result)[linear].weight(result)
         assert torch.equal(weight, linears_of(pruned)[linear].weight(pruned))
-    again = ShiftToBias(add=True, parts=1)(result)
+    again = ShiftToBias(add=True, updated=True, parts=1)(result)
     assert not again.modified
+
+
+def test_a_pruner_that_made_up_for_what_it_took_is_left_alone() -> None:
+    steps = [Observe(gram=True), PruneSparseGPT("2:4")]
+    pruned = PassManager(steps)(small_program("gpt2")).program
+    result = ShiftToBias(add=True)(pruned)
+    found = result.program.fact(ShiftedBiases)
+    assert not found.shifts
+    assert not result.program.weights.changed_since(pruned.weights)
+    assert found.refusals.keys() == pruned.fact(Masks).masks.keys()
+    assert all("make up for those that went" in reason for reason in found.refusals.values())
 
 
 def test_a_bias_that_would_overflow_is_left_alone() -> None:
