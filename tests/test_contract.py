@@ -225,7 +225,7 @@ CASES: dict[str, Case] = {
     ),
     "shift-to-bias": Case(
         lambda _: ShiftToBias(add=True),
-        ShiftToBias(add=True, parts=3, **NAMES),
+        ShiftToBias(add=True, updated=True, parts=3, **NAMES),
         before=(PruneMagnitude("2:4"),),
     ),
     "fold-constants": Case(lambda _: FoldConstants(), FoldConstants(limit=7)),
