@@ -130,26 +130,30 @@ class Elastic(Fact):
             return linear.levels >= (pattern.m - pattern.n) * (LEVELS // pattern.m)
         return _keep_in_rows(linear, weight, sparsity)
 
-    def weight(self, name: str, weight: torch.Tensor, sparsity: float) -> torch.Tensor:
+    def weight(
+        self, name: str, weight: torch.Tensor, sparsity: float, keep: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Returns the weight of a linear at a sparsity, float32 [out, in]; at 0 the dense one itself.
 
         Args:
             name: Of the linear.
             weight: Its dense weight, [out, in].
             sparsity: Share of weights to prune.
+            keep: What `keep` returned for these, if it is known.
 
         Raises:
             PatternError: No such mask; see `group` and `pattern`.
         """
         if sparsity == 0:
             return weight
-        keep = self.keep(name, weight, sparsity)
+        keep = self.keep(name, weight, sparsity) if keep is None else keep
         linear = self.linears[name]
         used = adapters_of(self.group(sparsity), len(self.groups), self.hierarchy)
         if self.group(sparsity) == 0 and not linear.serves_lowest:
             used = range(0)
-        adapted = weight.float() + correction(linear.up, linear.down, used)
-        return adapted.masked_fill(~keep, 0)
+        # In place, and no masked_fill: the product is several times as fast, and + 0 ends its -0.
+        adapted = correction(linear.up, linear.down, used).add_(weight)
+        return adapted.mul_(keep).add_(0.0)
 
     def check(self, program: Program) -> str | None:
         shapes = {linear.name: linear.shape for linear in find_linears(program)}
@@ -215,9 +219,10 @@ def _keep_in_rows(linear: ElasticLinear, weight: torch.Tensor, sparsity: float) 
     keep = linear.levels >= threshold
     more = pruned - math.ceil(threshold * width / LEVELS)
     if more > 0:
-        on_it = linear.levels == threshold
-        importance = (weight.float().abs() * linear.norms).masked_fill(~on_it, torch.inf)
-        keep = keep & ~least_of_rows(importance, more)
+        # As many of each row are on a level: a handful, of which the least important go.
+        on_it = (linear.levels == threshold).nonzero()[:, 1].view(linear.shape[0], -1)
+        importance = weight.gather(1, on_it).float().abs() * linear.norms[on_it]
+        keep.scatter_(1, on_it, ~least_of_rows(importance, more))
     return keep
 
 

@@ -312,7 +312,7 @@ class SparseWeights(Fact):
                 return f"mask of {name} is {mask.shape}, the linear is {linear.shape}"
             if _masked_by(program.weights.source(linear.parameter), linear, mask):
                 continue
-            if linear.weight(program).masked_fill(mask.keep(), 0).any():
+            if ((linear.weight(program) != 0) & ~mask.keep()).any():
                 return f"{name} has a non-zero weight outside its mask"
         return None
 

@@ -77,7 +77,7 @@ class MaterializeElastic(Pass):
                 continue
             dense = linear.weight(program).detach()
             keep = elastic.keep(linear.name, dense, self.sparsity)
-            weights.append((linear, elastic.weight(linear.name, dense, self.sparsity)))
+            weights.append((linear, elastic.weight(linear.name, dense, self.sparsity, keep)))
             masks[linear.name] = Mask(pack_bits(keep), linear.shape, pattern, self.name)
         if weights:
             program = program.with_weights(stacked_weights(program, weights))

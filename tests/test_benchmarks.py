@@ -165,8 +165,9 @@ def test_scales_are_compared_with_none(tmp_path: Path) -> None:
     # Scales cancel out of Wanda's scores; magnitude after the right ones is Wanda.
     assert found["prune-wanda", "+ FoldScales"] == pytest.approx(found["prune-wanda", "alone"])
     assert found["prune-magnitude", "+ FoldScales"] != found["prune-magnitude", "alone"]
-    # And of SparseGPT's, for which nothing is folded.
+    # And of SparseGPT's, for which nothing is folded, and which has made up for the mean.
     assert found["prune-sparsegpt", "+ InduceSparsity"] == found["prune-sparsegpt", "alone"]
+    assert found["prune-sparsegpt", "+ ShiftToBias"] == found["prune-sparsegpt", "alone"]
     assert document["refresh"]["ratio"] > 1
     assert "scores refreshed from a cached diagonal" in printed
 
