@@ -218,7 +218,7 @@ def _keep_in_rows(linear: ElasticLinear, weight: torch.Tensor, sparsity: float) 
     threshold = pruned * LEVELS // width
     keep = linear.levels >= threshold
     more = pruned - math.ceil(threshold * width / LEVELS)
-    if more > 0:
+    if more > 0 and keep.numel():  # Without rows there is nothing to cut into rows.
         # As many of each row are on a level: a handful, of which the least important go.
         on_it = (linear.levels == threshold).nonzero()[:, 1].view(linear.shape[0], -1)
         importance = weight.gather(1, on_it).float().abs() * linear.norms[on_it]
