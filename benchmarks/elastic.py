@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from methods import DATA, MODEL, TEXT, case, describe
+from plots import plot_elastic
 
 from zeroskip.recipe_document import CalibrationOptions
 
@@ -92,7 +93,8 @@ def main() -> None:
                 measure_rival(arguments, rival, sparsity, keep)
     print_table(rows, arguments.sparsities)
     if arguments.plot:
-        plot(rows, arguments.plot)
+        drawn = plot_elastic(rows, arguments.plot)
+        print(f"drawn in {arguments.plot}" if drawn else "matplotlib is not installed: no plot")
 
 
 def measure_elastic(
@@ -215,29 +217,6 @@ def print_table(rows: list[Row], sparsities: list[float]) -> None:
         found = {r["sparsity"]: r for r in rows if r["method"] == method}
         cells = (f"{found[s]['switch_seconds']:.1f}" if s in found else "" for s in sparsities)
         print(f"| {method} | " + " | ".join(cells) + " |")
-
-
-def plot(rows: list[Row], path: Path) -> None:
-    """Draws sparsity against perplexity, a panel for each text."""
-    from matplotlib.figure import Figure
-
-    texts = list(rows[0]["log_perplexity"])
-    figure = Figure(figsize=(6.5 * len(texts), 4.5), layout="constrained")
-    for axes, text in zip(figure.subplots(1, len(texts), squeeze=False).flat, texts, strict=True):
-        for method in dict.fromkeys(row["method"] for row in rows):
-            points = sorted(
-                (r["sparsity"], math.exp(r["log_perplexity"][text]))
-                for r in rows
-                if r["method"] == method
-            )
-            axes.plot(*zip(*points, strict=True), "o-", label=method, markersize=4)
-        axes.set_title(text)
-        axes.set_xlabel("share of weights pruned")
-        axes.set_ylabel("perplexity")
-        axes.set_yscale("log")
-        axes.grid(alpha=0.3, which="both")
-    figure.axes[0].legend(fontsize=9)
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

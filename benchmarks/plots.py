@@ -1,4 +1,4 @@
-"""Draws the results of `cpu_model.py` and of `methods.py`."""
+"""Draws the results of `cpu_model.py`, `methods.py` and `elastic.py`."""
 
 from __future__ import annotations
 
@@ -97,5 +97,39 @@ def plot_perplexities(rows: Sequence[Row], path: Path) -> bool:
         axes.grid(alpha=0.3, which="both")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=9)
+    figure.savefig(path, dpi=110)
+    return True
+
+
+def plot_elastic(rows: Sequence[Row], path: Path) -> bool:
+    """Writes a picture of perplexity against sparsity, a panel for each text.
+
+    Args:
+        rows: Cells of `elastic.py`.
+        path: The PNG.
+
+    Returns:
+        False where matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    texts = list(rows[0]["log_perplexity"])
+    figure = Figure(figsize=(6.5 * len(texts), 4.5), layout="constrained")
+    for axes, text in zip(figure.subplots(1, len(texts), squeeze=False).flat, texts, strict=True):
+        for method in dict.fromkeys(row["method"] for row in rows):
+            points = sorted(
+                (row["sparsity"], math.exp(row["log_perplexity"][text]))
+                for row in rows
+                if row["method"] == method
+            )
+            axes.plot(*zip(*points, strict=True), "o-", label=method, markersize=4)
+        axes.set_title(text)
+        axes.set_xlabel("share of weights pruned")
+        axes.set_ylabel("perplexity")
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3, which="both")
+    figure.axes[0].legend(fontsize=9)
     figure.savefig(path, dpi=110)
     return True
