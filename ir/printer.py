@@ -7,6 +7,7 @@ the same weights.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class _Printer:
         self._program = program
         self._names: dict[fx.Node, str] = {}
         self._symbols: dict[str, str] = {}
+        self._sizes: dict[Any, str] = {}
 
     def text(self) -> str:
         program = self._program
@@ -99,12 +101,15 @@ class _Printer:
         if isinstance(size, int):
             return str(size)
         expression = size.node.expr
-        for symbol in sorted(expression.free_symbols, key=str):
-            self._symbols.setdefault(str(symbol), f"s{len(self._symbols)}")
-        text = str(expression)
-        for old in sorted(self._symbols, key=len, reverse=True):
-            text = text.replace(old, f"<{self._symbols[old]}>")
-        return text.replace("<", "").replace(">", "")
+        if expression not in self._sizes:  # Few sizes occur, each of them often.
+            for symbol in sorted(expression.free_symbols, key=str):
+                self._symbols.setdefault(str(symbol), f"s{len(self._symbols)}")
+            renamed = re.sub(r"\w+", self._renamed, str(expression))
+            self._sizes[expression] = renamed
+        return self._sizes[expression]
+
+    def _renamed(self, word: re.Match[str]) -> str:
+        return self._symbols.get(word[0], word[0])
 
 
 def _operator(node: fx.Node) -> str:

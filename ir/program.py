@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from zeroskip.ir.errors import CompileError, RequirementError
 from zeroskip.ir.half_products import gains_by_float32, in_float32
@@ -172,7 +173,7 @@ class Program:
         It takes the inputs by position or name and returns a flat tuple; it can be compiled,
         exported again, or trained.
         """
-        module = copy_graph_module(self.graph_module)
+        module = copy_graph_module(self.graph_module, fx.GraphModule)
         for name in self.read_weights():
             bind_parameter(module, name, InMemory(self.weights[name]))
         return module
@@ -239,13 +240,21 @@ class _Runner(fx.Interpreter):
         return super().get_attr(target, args, kwargs)
 
 
-def copy_graph_module(source: fx.GraphModule) -> fx.GraphModule:
-    """Copies the graph and its metadata; parameters, buffers and submodules are shared."""
+def copy_graph_module(
+    source: fx.GraphModule, kind: type[fx.GraphModule] = _LazyGraphModule
+) -> fx.GraphModule:
+    """Copies the graph and its metadata; parameters, buffers and submodules are shared.
+
+    Args:
+        source: What to copy.
+        kind: By default, Python is made of the graph when somebody asks for it: passes copy often,
+            and a Program runs node by node.
+    """
     graph = fx.Graph()
     copied: Any = graph.graph_copy(source.graph, val_map={}, return_output_node=True)
     value, old = copied
     graph.output(value).meta = dict(old.meta)
-    return fx.GraphModule(source, graph)
+    return kind(source, graph)
 
 
 def bind_parameter(module: fx.GraphModule, name: str, source: Source) -> None:

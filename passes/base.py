@@ -258,7 +258,8 @@ def relative_drift(before: torch.Tensor, after: torch.Tensor) -> float:
     finite = torch.isfinite(old)
     if not torch.equal(finite, torch.isfinite(new)):
         return float("inf")
-    old, new = old[finite], new[finite]
+    if not finite.all():
+        old, new = old[finite], new[finite]
     scale = float(old.norm())
     change = float((new - old).norm())
     if scale == 0:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import types
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import sympy
 import torch
 import transformers as hf
 from torch import fx
@@ -15,7 +17,7 @@ from torch import fx
 from tests.golden import check_golden, golden_path
 from tests.zoo import GROUPED, ZOO
 from zeroskip.ir.capture import capture
-from zeroskip.ir.printer import print_program
+from zeroskip.ir.printer import _Printer, print_program
 from zeroskip.ir.program import Program
 from zeroskip.ir.rewrite import RewriteRule, apply_rules
 
@@ -54,6 +56,16 @@ def test_two_captures_print_the_same(captured: Callable[[str], Program]) -> None
     for name in ("llama_tied", "mlp"):
         again = capture(ZOO[name].model(seed=1), ZOO[name].inputs(3, 7))
         assert print_program(again) == print_program(captured(name))
+
+
+def test_symbols_that_look_like_new_names_are_told_apart(one_layer: Program) -> None:
+    # The second symbol of torch is called as the first is printed.
+    printer = _Printer(one_layer)
+    first, second = sympy.symbols("s77 s0", integer=True)
+    sizes = [types.SimpleNamespace(node=types.SimpleNamespace(expr=e)) for e in (first, second)]
+    assert [printer._size(size) for size in (*sizes, sizes[0])] == ["s0", "s1", "s0"]
+    both = types.SimpleNamespace(node=types.SimpleNamespace(expr=first + 2 * second))
+    assert printer._size(both) in ("s0 + 2*s1", "2*s1 + s0")
 
 
 def test_names_of_nodes_do_not_show(captured: Callable[[str], Program]) -> None:
