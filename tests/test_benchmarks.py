@@ -173,6 +173,17 @@ def test_scales_are_compared_with_none(tmp_path: Path) -> None:
     assert "scores refreshed from a cached diagonal" in printed
 
 
+def test_changes_of_sparsity_are_timed_against_pruning_again(tmp_path: Path) -> None:
+    size = ("--tiny", "--threads", "1", "--sparsities", "0.5", "0.62", "--rounds", "3")
+    printed, document = run("elastic_switching.py", tmp_path, *size)
+    assert [row["sparsity"] for row in document["results"]] == [0.5, 0.62]
+    for row in document["results"]:
+        assert len(row["switch_seconds"]) == 3
+        middle = sorted(row["switch_seconds"])[1]
+        assert row["ratio"] == pytest.approx(row["prune_seconds"] / middle)
+        assert ("met (50)" if row["ratio"] >= 50 else "MISSED (50)") in printed
+
+
 def assert_drawn(printed: str, path: Path) -> None:
     """A picture where matplotlib is installed, and a word where it is not."""
     if importlib.util.find_spec("matplotlib"):
