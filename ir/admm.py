@@ -21,6 +21,7 @@ import torch
 from zeroskip.ir.errors import CompileError
 from zeroskip.ir.patterns import NM, Block, SparsityPattern, Unstructured
 from zeroskip.ir.support_refinement import row_errors
+from zeroskip.ir.weights import zero_outside
 
 # The support is looked at every so many iterations; when more than this share of it has changed,
 # rho grows by this factor, and by `_SLOWEST` when less has.
@@ -58,7 +59,7 @@ def sparse_weight(
     target = weight @ gram
     keep = _project(weight, pattern)
     kept = max(int(keep.sum()), 1)
-    sparse = weight.masked_fill(~keep, 0)
+    sparse = zero_outside(weight, keep)
     best = _Best(weight, gram, pattern, sparse, keep)
     first, support, dual = sparse, keep, torch.zeros_like(weight)
     penalty, moved = rho, False
@@ -67,7 +68,7 @@ def sparse_weight(
         dense = torch.add(target, sparse, alpha=penalty).sub_(dual) @ inverse
         pulled = torch.add(dense, dual, alpha=1 / penalty)
         keep = _project(pulled, pattern)
-        sparse = pulled.masked_fill(~keep, 0)
+        sparse = zero_outside(pulled, keep)
         dual = (pulled - sparse).mul_(penalty)
         if iteration % _LOOK and iteration < iterations:
             continue
@@ -75,7 +76,7 @@ def sparse_weight(
         support = keep
         share = changed / kept
         if share <= _GROWTH[0][0] or iteration == iterations:
-            best.consider(dense.masked_fill(~keep, 0), keep)
+            best.consider(zero_outside(dense, keep), keep)
         if (moved and not changed) or (iteration > _SETTLING and share < _SETTLED):
             break
         factor = next((growth for least, growth in _GROWTH if share > least), None)

@@ -17,7 +17,7 @@ import torch
 
 from zeroskip.ir.errors import LoweringError
 from zeroskip.ir.semi_structured import VALUE_DTYPES
-from zeroskip.ir.weights import pack_bits, unpack_bits
+from zeroskip.ir.weights import all_finite, pack_bits, unpack_bits
 
 SEGMENT = 64
 PADDING = 64
@@ -109,7 +109,7 @@ def pack_bitmap(weight: torch.Tensor, keep: torch.Tensor | None = None) -> Bitma
             next_step="split the weight along its rows",
         )
     values = weight[keep]
-    if not values.isfinite().all():
+    if not all_finite(values):
         raise LoweringError("a kept weight is not finite", next_step="repair the checkpoint")
     stored = torch.cat([values, values.new_zeros(PADDING)])
     # The lowest byte of a word comes first on every machine that PyTorch's kernels are built for.

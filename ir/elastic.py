@@ -31,6 +31,7 @@ from zeroskip.ir.facts import Fact
 from zeroskip.ir.linears import find_linears
 from zeroskip.ir.patterns import NM, SparsityPattern, Unstructured, least_of_rows, pruned_count
 from zeroskip.ir.program import Program
+from zeroskip.ir.weights import zero_outside
 
 LEVELS = 256
 Hierarchy = Literal["nested", "shared", "independent"]
@@ -151,9 +152,10 @@ class Elastic(Fact):
         used = adapters_of(self.group(sparsity), len(self.groups), self.hierarchy)
         if self.group(sparsity) == 0 and not linear.serves_lowest:
             used = range(0)
-        # In place, and no masked_fill: the product is several times as fast, and + 0 ends its -0.
-        adapted = correction(linear.up, linear.down, used).add_(weight)
-        return adapted.mul_(keep).add_(0.0)
+        if not len(used):
+            return zero_outside(weight.float(), keep)
+        ups, downs = _stacked(linear.up, linear.down, used)
+        return zero_outside(torch.addmm(weight.float(), ups, downs), keep)
 
     def check(self, program: Program) -> str | None:
         shapes = {linear.name: linear.shape for linear in find_linears(program)}
@@ -243,6 +245,13 @@ def correction(up: torch.Tensor, down: torch.Tensor, used: Sequence[int]) -> tor
     """
     if not len(used):
         return up.new_zeros(up.shape[1], down.shape[2])
+    ups, downs = _stacked(up, down, used)
+    return ups @ downs
+
+
+def _stacked(
+    up: torch.Tensor, down: torch.Tensor, used: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The adapters that are used as one pair of matrices, [out, n rank] and [n rank, in]."""
     first, last = used[0], used[-1] + 1
-    ups = up[first:last].movedim(0, 1).flatten(1)
-    return ups @ down[first:last].flatten(0, 1)
+    return up[first:last].movedim(0, 1).flatten(1), down[first:last].flatten(0, 1)

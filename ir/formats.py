@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from zeroskip.ir.errors import LoweringError
-from zeroskip.ir.weights import Source, pack_bits, unpack_bits
+from zeroskip.ir.weights import Source, all_finite, pack_bits, unpack_bits
 
 PADDING = 64
 WORD = 64
@@ -124,14 +124,14 @@ def pack_bitmask(
     rows, columns = weight.shape
     keep = weight != 0 if keep is None else keep
     values = weight.detach()[keep].float()
-    if not values.isfinite().all():
+    if not all_finite(values):
         raise LoweringError("a kept weight is not finite", next_step="repair the checkpoint")
     if dtype == torch.int8:
         values = _quantize(values, keep, scales, block_size)
     elif scales is not None:
         raise LoweringError("scales go with int8 values", next_step="leave them out")
     values = values.to(dtype)
-    if dtype == torch.float16 and not values.isfinite().all():
+    if dtype == torch.float16 and not all_finite(values):
         raise LoweringError(
             "a kept weight does not fit into float16", next_step="use bfloat16 or int8 values"
         )

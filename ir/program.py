@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
@@ -147,6 +148,11 @@ class Program:
                 next_step="check the sizes and values of the inputs against what the model takes",
             ) from error
         return dict(zip(self.outputs, values, strict=True))
+
+    @cached_property
+    def example_outputs(self) -> dict[str, torch.Tensor]:
+        """What it gives for its own example inputs, computed once; nobody writes into it."""
+        return self.run(self.example_inputs)
 
     def loaded(self) -> Program:
         """Returns the same program with the weights that it reads in memory, to run many batches."""

@@ -7,10 +7,11 @@ import math
 import torch
 
 from zeroskip.ir.facts import EdgeStatistics
+from zeroskip.ir.weights import all_finite, count_nonzero
 
 ROWS = 256
 """Outputs of a linear that its error is computed on: evenly spaced ones stand for the others."""
-SAMPLES = 1 << 18
+SAMPLES = 1 << 14
 """Weights of a linear that go into its histogram."""
 BINS = 64
 REACH = 4.0
@@ -56,9 +57,15 @@ def sample_weights(weight: torch.Tensor) -> torch.Tensor:
 
 def histogram(values: torch.Tensor, unit: float) -> list[int]:
     """Counts values in `BINS` bins between -REACH and REACH units; zeros are left out."""
-    kept = values[values != 0] / max(unit, 1e-30)
-    inside = kept.clamp(-REACH, REACH)
-    return [int(count) for count in torch.histc(inside, BINS, -REACH, REACH)]
+    if not all_finite(values):
+        values = values[~values.isnan()]
+    # Several times as fast as torch.histc.
+    inside = (values / max(unit, 1e-30)).clamp_(-REACH, REACH).add_(REACH)
+    places = inside.mul_(BINS / (2 * REACH)).int().clamp_(max=BINS - 1)
+    counts = torch.bincount(places, minlength=BINS)
+    counts[BINS // 2] -= values.numel() - count_nonzero(values)
+    found: list[int] = counts.tolist()
+    return found
 
 
 def root_mean_square(values: torch.Tensor) -> float:

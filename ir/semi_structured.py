@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from zeroskip.ir.errors import LoweringError
+from zeroskip.ir.weights import all_finite, zero_outside
 
 GROUP = 4
 EMPTY = 0b0100
@@ -119,17 +120,15 @@ def pack_semi_structured(
     table = torch.tensor(_CODE_OF_PATTERN, dtype=torch.uint8, device=weight.device)
     nibbles = table.index_select(0, pattern.flatten().int()).view(shape[:2])
     _check_counts(nibbles, columns)
-    # masked_fill, not a product: a pruned weight may be anything.
-    zeroed = weight.detach().masked_fill(~keep, 0)
+    zeroed = zero_outside(weight, keep)
     w0, w1, w2, w3 = zeroed.view(shape).unbind(-1)
     first, second = nibbles & 3, nibbles >> 2
     early = torch.where(first == 0, w0, torch.where(first == 1, w1, w2))
     late = torch.where(second == 1, w1, torch.where(second == 2, w2, w3))
     values = torch.stack([early, late], dim=-1).view(rows, columns // 2)
     codes = codes_from_nibbles(nibbles)
-    finite = values.isfinite()
-    if not finite.all():
-        row, place = (~finite).nonzero()[0].tolist()
+    if not all_finite(values):
+        row, place = (~values.isfinite()).nonzero()[0].tolist()
         column = int(kept_columns(codes[row : row + 1], columns)[0, place])
         raise LoweringError(
             f"a kept weight is not finite, in row {row}, column {column}",

@@ -9,6 +9,7 @@ import torch
 
 from zeroskip.ir.patterns import SparsityPattern, Unstructured, pruned_count
 from zeroskip.ir.pruning_error import ROWS
+from zeroskip.ir.weights import zero_outside
 
 
 def output_errors(
@@ -69,7 +70,7 @@ def pattern_errors(
         if pattern.refusal((rows.shape[0], rows.shape[1])) is not None:
             errors.append(math.nan)
             continue
-        lost = rows.masked_fill(pattern.project(scores), 0)
+        lost = zero_outside(rows, ~pattern.project(scores))
         errors.append(max(_output_energy(lost, gram) / whole, 0.0) ** 0.5 if whole > 0 else 0.0)
     return tuple(errors)
 

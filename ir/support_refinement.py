@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from zeroskip.ir.weights import zero_outside
+
 
 def row_errors(difference: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """Returns d G d^T for each row d, float64 [out].
@@ -44,11 +46,11 @@ def refine_on_support(
     Returns:
         Float32 [out, in], zero outside the mask; no row has a larger error than the start.
     """
-    start = (weight if start is None else start).masked_fill(~keep, 0)
+    start = zero_outside(weight if start is None else start, keep)
     diagonal = gram.diagonal()
     inverse = torch.where(diagonal > 0, 1 / diagonal, 0)
     values = start.clone()
-    residual = ((weight - values) @ gram).masked_fill_(~keep, 0)
+    residual = zero_outside((weight - values) @ gram, keep)
     direction = residual * inverse
     size = _dot(residual, direction)
     enough = size * tolerance**2
@@ -60,7 +62,7 @@ def refine_on_support(
             break
         length = torch.where(active, size / curvature, 0).float().unsqueeze(1)
         values.addcmul_(length, direction)
-        residual.addcmul_(length, image, value=-1).masked_fill_(~keep, 0)
+        residual = zero_outside(residual.addcmul_(length, image, value=-1), keep)
         conditioned = residual * inverse
         before, size = size, _dot(residual, conditioned)
         turn = torch.where(active, size / before, 0).float().unsqueeze(1)

@@ -15,6 +15,7 @@ import torch
 from zeroskip.ir.facts import Fact, Mask
 from zeroskip.ir.linears import find_linears
 from zeroskip.ir.program import Program
+from zeroskip.ir.weights import zero_outside
 
 Correction = Literal["none", "column", "row", "both"]
 
@@ -86,7 +87,7 @@ def restore_energy(
     Returns:
         The new weight, zero outside the mask, the smallest and the largest scale.
     """
-    pruned = weight.masked_fill(~keep, 0)
+    pruned = zero_outside(weight, keep)
     used: list[torch.Tensor] = []
     if mode in ("column", "both"):
         pruned = _restore(pruned, weight, keep, 0, clamp, used)
@@ -116,4 +117,4 @@ def _restore(
     live = keep.any(dim, keepdim=True)
     used.append(scale[live])
     scale = torch.where(live, scale, 1.0).to(weight.dtype)
-    return centred.mul_(scale).add_(mean).masked_fill_(~keep, 0)
+    return zero_outside(centred.mul_(scale).add_(mean), keep)

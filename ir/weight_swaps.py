@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from zeroskip.ir.weights import zero_outside
+
 # Rows whose errors are looked at together, and how much of the error a gain must be to be no rounding.
 _ROWS = 256
 _GAIN = 1e-6
@@ -96,7 +98,7 @@ def propose_swaps(
     contribution = weight * moments.mean.float()
     square = moments.variance + moments.mean.square()
     wanda = weight.abs() * square.sqrt().float()
-    lost = weight.masked_fill(keep, 0).double()
+    lost = zero_outside(weight, ~keep).double()
     residual = lost @ moments.mean
     enough = tolerance * (lost.square() @ square).sqrt()
     gain = (contribution / _spread(moments.variance, square).pow(power).float()).nan_to_num_()
@@ -162,7 +164,7 @@ def best_counts(
     counts = torch.zeros(len(weight), dtype=torch.int64)
     if not swaps.made.any():
         return counts
-    lost = weight.masked_fill(keep, 0)
+    lost = zero_outside(weight, ~keep)
     if moments.gram is not None:
         slope = (lost @ moments.gram).double()
     else:

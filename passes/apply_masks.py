@@ -17,6 +17,7 @@ from zeroskip.ir.facts import (
 from zeroskip.ir.linears import find_linears, masked_sources
 from zeroskip.ir.program import Program
 from zeroskip.ir.pruning_error import output_error
+from zeroskip.ir.weights import is_zero, zero_outside
 from zeroskip.passes.base import Pass, Scope
 
 
@@ -65,7 +66,7 @@ class ApplyMasks(Pass):
             if linear.name in masks:
                 keep = masks[linear.name].keep()
                 weight = linear.weight(program)
-                if weight.masked_fill(keep, 0).any():
+                if not is_zero(zero_outside(weight, ~keep)):
                     keeps[linear.name] = keep
                     masks[linear.name] = _judged(
                         masks[linear.name], weight, keep, statistics.edges.get(linear.name)
@@ -88,4 +89,4 @@ def _judged(
     """The mask with what it does to the output, as far as its inputs were seen."""
     if edge is None or not edge.count:
         return mask
-    return replace(mask, error=output_error(weight, weight.masked_fill(~keep, 0), edge))
+    return replace(mask, error=output_error(weight, zero_outside(weight, keep), edge))

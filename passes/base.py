@@ -29,7 +29,7 @@ from zeroskip.ir.facts import Fact, same_facts
 from zeroskip.ir.printer import print_program
 from zeroskip.ir.program import Batch, Program
 from zeroskip.ir.verify import verify
-from zeroskip.ir.weights import InMemory
+from zeroskip.ir.weights import InMemory, all_finite
 
 Scope = Literal["block", "program"]
 
@@ -68,6 +68,7 @@ class Pass(ABC):
     Class variables:
         name: kebab-case, the class name in words.
         requires: Facts that must be known before.
+        refuses: Facts that must not be known before.
         provides: Facts that are known after.
         invalidates: Facts that no longer hold after; they are dropped unless renewed.
         lossy: Whether it may change what the program computes. An exact pass is proven to be so.
@@ -77,6 +78,7 @@ class Pass(ABC):
 
     name: ClassVar[str]
     requires: ClassVar[tuple[type[Fact], ...]] = ()
+    refuses: ClassVar[tuple[type[Fact], ...]] = ()
     provides: ClassVar[tuple[type[Fact], ...]] = ()
     invalidates: ClassVar[tuple[type[Fact], ...]] = ()
     lossy: ClassVar[bool] = False
@@ -133,7 +135,8 @@ class Pass(ABC):
             raise CalibrationError(
                 "there is no calibration data",
                 pass_name=self.name,
-                next_step="pass calibration=[{'input_ids': ..., 'attention_mask': ...}, ...]",
+                next_step="pass calibration=[{'input_ids': ..., 'attention_mask': ...}, ...]; on the "
+                "command line --calibration TEXT, in a recipe calibration: {text: FILE}",
             )
 
     @final
@@ -219,7 +222,7 @@ def prove_equivalent(before: Program, after: Program, name: str, slack: float = 
         EquivalenceError: The outputs moved by more than the dtype's tolerance; both programs are
             written to a folder that the message names.
     """
-    old, new = before.run(before.example_inputs), after.run(before.example_inputs)
+    old, new = before.example_outputs, after.run(before.example_inputs)
     drifts = {key: relative_drift(old[key], new[key]) for key in old}
     limit = max((TOLERANCES[t.dtype] for t in old.values() if t.dtype in TOLERANCES), default=0.0)
     limit *= slack
@@ -240,7 +243,8 @@ def prove_equivalent(before: Program, after: Program, name: str, slack: float = 
 def measure_drift(before: Program, after: Program, inputs: Batch | None = None) -> float:
     """Returns the largest relative drift over the outputs of two programs on one batch."""
     batch = before.example_inputs if inputs is None else inputs
-    old, new = before.run(batch), after.run(batch)
+    old = before.example_outputs if inputs is None else before.run(batch)
+    new = after.run(batch)
     return max((relative_drift(old[key], new[key]) for key in old), default=0.0)
 
 
@@ -255,10 +259,10 @@ def relative_drift(before: torch.Tensor, after: torch.Tensor) -> float:
     if not before.is_floating_point():
         return 0.0 if torch.equal(before, after) else float("inf")
     old, new = before.double(), after.double()
-    finite = torch.isfinite(old)
-    if not torch.equal(finite, torch.isfinite(new)):
-        return float("inf")
-    if not finite.all():
+    if not (all_finite(before) and all_finite(after)):
+        finite = torch.isfinite(old)
+        if not torch.equal(finite, torch.isfinite(new)):
+            return float("inf")
         old, new = old[finite], new[finite]
     scale = float(old.norm())
     change = float((new - old).norm())

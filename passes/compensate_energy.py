@@ -24,6 +24,7 @@ from zeroskip.ir.linears import Linear, find_linears, masked_sources
 from zeroskip.ir.program import Program
 from zeroskip.ir.scaled_linear import stacked_weights
 from zeroskip.ir.weight_energy import Compensated, Compensation, Correction, restore_energy
+from zeroskip.ir.weights import all_finite
 from zeroskip.passes.base import Pass, Scope, bare
 
 Mode = Literal["column", "row", "both"]
@@ -179,7 +180,7 @@ class CompensateEnergy(Pass):
             exact = stored.to(torch.promote_types(stored.dtype, torch.float32))
             restored, least, most = restore_energy(exact, mask.keep(), mode, self.clamp)
             rounded = restored.to(stored.dtype)
-            if not torch.isfinite(rounded).all():
+            if not all_finite(rounded):
                 raise CompileError(
                     f"the new weights are not finite in {stored.dtype}",
                     where=linear.name,

@@ -73,9 +73,8 @@ class PassManager:
                 anything runs.
             CompileError: A pass failed; the program given is as it was.
         """
-        check_requirements(self.passes, frozenset(program.facts))
+        check_passes(self.passes, program)
         for number, step in enumerate(self.passes):
-            step.check(program)
             if text := step.warning(self.passes[number + 1 :]):
                 warnings.warn(text, stacklevel=2)
         verify(program)
@@ -264,17 +263,41 @@ def _propagate(part: Program, stream: Stream, run: Callable[[Batch], Batch] | No
         stream.write(index, run({name: batch[name] for name in part.inputs}))
 
 
+def check_passes(passes: Sequence[Pass], program: Program) -> None:
+    """Checks, before anything runs, that passes fit each other and the program.
+
+    Raises:
+        CompileError: They do not.
+    """
+    check_requirements(passes, frozenset(program.facts))
+    for step in passes:
+        step.check(program)
+
+
 def check_requirements(passes: Sequence[Pass], known: frozenset[type[Fact]]) -> None:
     """Checks that every fact a pass requires is known, or provided and not invalidated, before it.
 
+    Likewise that none is known that it refuses.
+
     Raises:
-        RequirementError: It is not; names the passes that provide it.
+        RequirementError: It is not so; names the passes that provide the fact.
     """
     from zeroskip.passes import PASSES
 
     lost: dict[type[Fact], str] = {}
     have = set(known)
+    makers: dict[type[Fact], str] = {}
     for step in passes:
+        for kind in (kind for kind in step.refuses if kind in have):
+            maker = makers.get(kind)
+            raise RequirementError(
+                f"{step.name} cannot follow what gives {kind.__name__}: "
+                + (f"{maker} comes before it" if maker else "the program comes with it already"),
+                pass_name=step.name,
+                next_step=f"put {step.name} before {maker}"
+                if maker
+                else f"give {step.name} the program as it was before that",
+            )
         for kind in step.requires:
             if kind in have:
                 continue
@@ -288,6 +311,7 @@ def check_requirements(passes: Sequence[Pass], known: frozenset[type[Fact]]) -> 
         lost.update({kind: step.name for kind in step.invalidates if kind in have})
         have -= set(step.invalidates)
         have |= set(step.provides)
+        makers |= dict.fromkeys(step.provides, step.name)
 
 
 def _runs_of_scope(passes: Sequence[Pass]) -> list[tuple[bool, list[int]]]:

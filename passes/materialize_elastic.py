@@ -47,7 +47,8 @@ class MaterializeElastic(Pass):
     lossy = True
 
     def __post_init__(self) -> None:
-        self._refuse_unless({"sparsity": 0 <= self.sparsity < 1})
+        number = isinstance(self.sparsity, (int, float))
+        self._refuse_unless({"sparsity": number and 0 <= self.sparsity < 1})
 
     def check(self, program: Program) -> None:
         found = program.facts.get(Elastic)

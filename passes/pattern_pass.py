@@ -16,6 +16,7 @@ from zeroskip.ir.linears import Linear
 from zeroskip.ir.patterns import SparsityPattern, Unstructured, parse_pattern
 from zeroskip.ir.program import Program
 from zeroskip.ir.selection import check_selection, select_linears
+from zeroskip.ir.weights import all_finite
 from zeroskip.passes.base import Pass, Scope
 
 # An expert that saw fewer tokens than this is pruned by magnitude.
@@ -93,7 +94,7 @@ class PatternPass(Pass):
             CompileError: It holds NaN or infinity; names the linear.
         """
         weight = linear.weight(program).float()
-        if not torch.isfinite(weight).all():
+        if not all_finite(weight):
             row, column = (int(i) for i in (~torch.isfinite(weight)).nonzero()[0])
             raise CompileError(
                 f"the weight holds {float(weight[row, column])} at [{row}, {column}]",

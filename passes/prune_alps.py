@@ -13,6 +13,7 @@ from zeroskip.ir.linears import Linear
 from zeroskip.ir.patterns import SparsityPattern
 from zeroskip.ir.program import Program
 from zeroskip.ir.support_refinement import refine_on_support
+from zeroskip.ir.weights import all_finite
 from zeroskip.passes.updating_pruner import UpdatingPruner
 
 
@@ -73,7 +74,7 @@ class PruneALPS(UpdatingPruner):
         self, program: Program, linear: Linear, weight: torch.Tensor, pattern: SparsityPattern
     ) -> tuple[torch.Tensor, torch.Tensor]:
         gram = program.fact(Statistics).gram_of(linear.name).float()
-        if not torch.isfinite(gram).all():
+        if not all_finite(gram):
             raise CompileError(
                 "the Gram matrix of its inputs overflows",
                 where=linear.name,

@@ -15,7 +15,7 @@ from zeroskip.ir.facts import Mask, Masks, ScoreMultipliers, Statistics
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.program import Program
 from zeroskip.ir.selection import select_linears
-from zeroskip.ir.weights import pack_bits
+from zeroskip.ir.weights import all_finite, pack_bits
 from zeroskip.passes.pattern_pass import PatternPass, saw_too_little, warn_of_few_tokens
 
 
@@ -73,7 +73,7 @@ class Pruner(PatternPass):
         known = program.facts.get(ScoreMultipliers)
         if isinstance(known, ScoreMultipliers) and linear.name in known.linears:
             scores = scores * known.linears[linear.name].multipliers
-        if not torch.isfinite(scores).all():
+        if not all_finite(scores):
             raise CompileError(
                 "the scores overflow",
                 where=linear.name,

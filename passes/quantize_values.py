@@ -24,7 +24,7 @@ from zeroskip.ir.formats import (
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.program import Program
 from zeroskip.ir.selection import check_selection, select_linears
-from zeroskip.ir.weights import Source
+from zeroskip.ir.weights import Source, all_finite
 from zeroskip.passes.base import Pass, Scope
 
 # Ranges that are tried, as shares of the largest weight: clipping an outlier a little often pays.
@@ -134,7 +134,7 @@ class QuantizeValues(Pass):
     def _format(
         self, linear: Linear, weight: torch.Tensor, importance: torch.Tensor | None
     ) -> ValueFormat:
-        if not weight.isfinite().all():
+        if not all_finite(weight):
             raise CompileError(
                 "the weight is not finite",
                 where=linear.name,
@@ -145,7 +145,7 @@ class QuantizeValues(Pass):
             scales = choose_scales(weight, importance, self.block_size)
             level = 4 if self.activations == "int8" else 0
             return ValueFormat("int8", scales, self.block_size, level)
-        if not weight.to(VALUE_TYPES[self.dtype]).isfinite().all():
+        if not all_finite(weight.to(VALUE_TYPES[self.dtype])):
             raise CompileError(
                 f"a weight of {float(weight.abs().max()):.3g} does not fit into {self.dtype}",
                 where=linear.name,

@@ -29,6 +29,7 @@ from zeroskip.ir.part_means import means_of_parts
 from zeroskip.ir.program import Program
 from zeroskip.ir.scale_groups import ScaleGroups
 from zeroskip.ir.selection import check_selection, select_linears
+from zeroskip.ir.weights import is_zero, zero_outside
 from zeroskip.passes.base import Pass, Scope
 
 
@@ -154,7 +155,7 @@ class ShiftToBias(Pass):
         for linear in chosen:
             mask, before = masks[linear.name], known.shifts.get(linear.name)
             weight = linear.weight(program)
-            lost = weight.masked_fill(mask.keep(), 0).double()
+            lost = zero_outside(weight, ~mask.keep()).double()
             if before is None and _is_applied(program, linear, mask):
                 assert program.dense is not None
                 lost = dense[linear.name].weight(program.dense).double() - weight.double()
@@ -230,7 +231,7 @@ def _was_updated(program: Program, linear: Linear, mask: Mask, dense: Mapping[st
     """Whether weights that stay are not what they were in the dense program."""
     if program.dense is None or not _is_applied(program, linear, mask):
         return False
-    kept = dense[linear.name].weight(program.dense).masked_fill(~mask.keep(), 0)
+    kept = zero_outside(dense[linear.name].weight(program.dense), mask.keep())
     return not torch.equal(kept, linear.weight(program))
 
 
@@ -253,8 +254,10 @@ def what_all_agree_on(averages: torch.Tensor) -> torch.Tensor:
 
 def _pending(program: Program, linear: Linear, before: BiasShift | None) -> torch.Tensor:
     """What was added for an earlier mask that was never applied: the new one takes its place."""
-    if before is not None and linear.weight(program).masked_fill(before.mask.keep(), 0).any():
-        return before.shift
+    if before is not None:
+        lost = zero_outside(linear.weight(program), ~before.mask.keep())
+        if not is_zero(lost):
+            return before.shift
     return torch.zeros(linear.out_features, dtype=torch.float64)
 
 

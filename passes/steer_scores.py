@@ -21,6 +21,7 @@ from zeroskip.ir.observers import insert_observers, read_observers
 from zeroskip.ir.patterns import NM, SparsityPattern, Unstructured, parse_pattern
 from zeroskip.ir.program import Program
 from zeroskip.ir.selection import check_selection, select_linears
+from zeroskip.ir.weights import zero_outside
 from zeroskip.passes.base import Pass, Scope
 from zeroskip.passes.pruner import Pruner
 
@@ -200,7 +201,7 @@ class SteerScores(Pass):
 
 def squared_error(weight: torch.Tensor, keep: torch.Tensor, gram: torch.Tensor) -> float:
     """Returns tr(D G D^T) with D = W - W * keep: the squared output error, summed over outputs."""
-    lost = weight.masked_fill(keep, 0)
+    lost = zero_outside(weight, ~keep)
     return float((lost * (lost @ gram)).sum(dtype=torch.float64))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,9 +12,12 @@ import torch
 
 from zeroskip.ir.elastic import (
     HIERARCHIES,
+    LEVELS,
     Elastic,
     ElasticLinear,
     Hierarchy,
+    adapters_of,
+    correction,
     rank_levels,
 )
 from zeroskip.ir.elastic_training import (
@@ -28,12 +32,13 @@ from zeroskip.ir.elastic_training import (
     thresholds_of,
     train_elastic,
 )
-from zeroskip.ir.errors import RecipeError, RequirementError
+from zeroskip.ir.errors import CompileError, PatternError, RecipeError, RequirementError
 from zeroskip.ir.facts import EdgeStatistics, SparseWeights, Statistics
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.program import Batch, Program
 from zeroskip.ir.selection import check_selection, select_linears
 from zeroskip.ir.sparse_training import split
+from zeroskip.ir.weights import all_finite
 from zeroskip.passes.base import Pass, Scope
 from zeroskip.passes.observe import Observe
 from zeroskip.passes.pattern_pass import saw_too_little, warn_of_few_tokens
@@ -103,8 +108,15 @@ class TrainElastic(Pass):
 
     name = "train-elastic"
     provides = (Elastic,)
+    refuses = (SparseWeights,)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "family", str(self.family))
+        numbers = isinstance(self.groups, (tuple, list)) and all(
+            isinstance(edge, (int, float)) for edge in self.groups
+        )
+        self._refuse_unless({"groups": numbers, "rank": isinstance(self.rank, int)})
+        object.__setattr__(self, "groups", tuple(float(edge) for edge in self.groups))
         edges = (0.0, *self.groups)
         rises = all(low < high for low, high in zip(edges, self.groups, strict=False))
         self._refuse_unless(
@@ -113,7 +125,7 @@ class TrainElastic(Pass):
                 "rank": self.rank >= 1,
                 "family": self.family == "rows" or self._size() in (2, 4, 8, 16, 32),
                 "epochs": self.epochs >= 1,
-                "learning_rate": self.learning_rate > 0,
+                "learning_rate": 0 < self.learning_rate < math.inf,
                 "hierarchy": self.hierarchy in HIERARCHIES,
                 "mixer": self.mixer in MIXERS,
                 "loss": self.loss in LOSSES,
@@ -121,12 +133,19 @@ class TrainElastic(Pass):
             }
         )
         for group, edge in enumerate(self.groups):
-            if not thresholds_of(self._empty(), group):
+            if thresholds_of(self._empty(), group):
+                continue
+            if self.family == "rows":
                 raise RecipeError(
-                    f"no n:{self.family} pattern prunes as much as a group up to {edge:g} allows",
+                    f"the group up to {edge:g} holds none of the {LEVELS} levels of importance",
                     pass_name=self.name,
-                    next_step="choose edges that are shares of the pattern, such as 0.5 and 0.75 for 8",
+                    next_step=f"choose edges at least 1/{LEVELS} apart",
                 )
+            raise RecipeError(
+                f"no n:{self.family} pattern prunes as much as a group up to {edge:g} allows",
+                pass_name=self.name,
+                next_step="choose edges that are shares of the pattern, such as 0.5 and 0.75 for 8",
+            )
 
     @classmethod
     def quick(cls, **options: object) -> TrainElastic:
@@ -146,12 +165,17 @@ class TrainElastic(Pass):
     def check(self, program: Program) -> None:
         check_selection(program, self.include, self.exclude)
         self._need_calibration(program)
-        if SparseWeights in program.facts:
-            raise RequirementError(
-                "the program is pruned already",
-                pass_name=self.name,
-                next_step="train the dense model, then materialize a sparsity",
-            )
+        known = program.facts.get(Elastic)
+        if isinstance(known, Elastic):
+            self._refuse_other(known)
+        for linear in select_linears(program, self.include, self.exclude):
+            if linear.in_features % (self._empty().group_of_weights or 1):
+                raise PatternError(
+                    f"n:{self.family} does not fit a width of {linear.in_features}",
+                    where=linear.name,
+                    pass_name=self.name,
+                    next_step=f'leave it dense with exclude=("{linear.name}",)',
+                )
 
     def targets(self, program: Program) -> frozenset[str] | None:
         return frozenset(n.name for n in select_linears(program, self.include, self.exclude))
@@ -160,6 +184,7 @@ class TrainElastic(Pass):
         linears = select_linears(program, self.include, self.exclude)
         known = program.facts.get(Elastic, self._empty())
         assert isinstance(known, Elastic)
+        self._refuse_other(known)
         is_done = known.settings == str(self)
         if not linears or (is_done and all(n.name in known.linears for n in linears)):
             return program.with_fact(known)
@@ -172,6 +197,7 @@ class TrainElastic(Pass):
         )
         train_elastic(stage, schedule, seen)
         trained = stage.result()
+        self._refuse_diverged(trained, program, linears)
         if self.check_lowest and not serve_lowest(stage, held_out, self.loss == "token"):
             found = {
                 n: dataclasses.replace(e, serves_lowest=False) for n, e in trained.linears.items()
@@ -220,6 +246,38 @@ class TrainElastic(Pass):
             found[linear.name] = ElasticLinear(levels, norms, up, down)
         warn_of_few_tokens(unseen, self.name)
         return dataclasses.replace(self._empty(), linears=found)
+
+    def _refuse_other(self, known: Elastic) -> None:
+        """Linears of one program share their groups."""
+        mine = self._empty()
+        if known.linears and (known.groups, known.group_of_weights, known.hierarchy) != (
+            mine.groups,
+            mine.group_of_weights,
+            mine.hierarchy,
+        ):
+            raise RequirementError(
+                f"the program is elastic already, with groups {known.groups} "
+                f"of {known.group_of_weights or 'rows'}, {known.hierarchy}",
+                pass_name=self.name,
+                next_step="give all train-elastic passes the same groups, family and hierarchy",
+            )
+
+    def _refuse_diverged(self, elastic: Elastic, program: Program, linears: list[Linear]) -> None:
+        """Adapters that a sparsity of some group cannot be made with are told now, not then."""
+        for linear in linears:
+            found = elastic.linears[linear.name]
+            dense = linear.weight(program).detach()
+            for group in range(len(self.groups)):
+                used = adapters_of(group, len(self.groups), self.hierarchy)
+                adapted = correction(found.up, found.down, used).add_(dense)
+                if not all_finite(adapted.to(dense.dtype)):
+                    raise CompileError(
+                        f"training diverged: the weight of the group up to {self.groups[group]:g} "
+                        f"is not finite in {str(dense.dtype).removeprefix('torch.')}",
+                        where=linear.name,
+                        pass_name=self.name,
+                        next_step=f"choose a learning_rate below {self.learning_rate:g}",
+                    )
 
     def _empty(self) -> Elastic:
         size = 0 if self.family == "rows" else self._size()

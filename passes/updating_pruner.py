@@ -17,7 +17,7 @@ from zeroskip.ir.program import Program
 from zeroskip.ir.pruning_error import output_error
 from zeroskip.ir.scaled_linear import stacked_weights
 from zeroskip.ir.selection import select_linears
-from zeroskip.ir.weights import pack_bits
+from zeroskip.ir.weights import all_finite, pack_bits, zero_outside
 from zeroskip.passes.pattern_pass import PatternPass, saw_too_little, warn_of_few_tokens
 
 
@@ -110,14 +110,13 @@ class UpdatingPruner(PatternPass):
             pruned, keep = weight, self.keep_unseen(program, linear, weight, pattern)
         else:
             pruned, keep = self.prune(program, linear, weight, pattern)
-        # Not a product: 0 * inf is NaN and -1 * 0 is -0.
-        pruned = pruned.masked_fill(~keep, 0)
+        pruned = zero_outside(pruned, keep)
         self._check_finite(pruned, linear, program)
         return pruned, keep
 
     def _check_finite(self, weight: torch.Tensor, linear: Linear, program: Program) -> None:
         dtype = program.weights.source(linear.parameter).dtype
-        if not torch.isfinite(weight.to(dtype)).all():
+        if not all_finite(weight.to(dtype)):
             raise CompileError(
                 f"the new weights are not finite in {dtype}",
                 where=linear.name,

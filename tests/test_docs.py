@@ -144,6 +144,19 @@ def test_the_python_of_the_pages_compiles() -> None:
             compile(block, page.name, "exec")
 
 
+def test_files_that_pages_show_are_marked_as_the_site_reads_them() -> None:
+    """A formatter may take the marker for Python; then the site shows the marker."""
+    shown = 0
+    for page in PAGES:
+        for line in page.read_text(encoding="utf-8").splitlines():
+            if re.search(r"8\s*<\s*-", line):
+                found = re.fullmatch(r'--8<-- "([^":]+)(:[\d:]*)?"', line)
+                assert found, f"{page.name}: {line}"
+                assert (ROOT / found[1]).is_file()
+                shown += 1
+    assert shown
+
+
 def test_the_commands_of_the_pages_exist() -> None:
     shown = [
         (page.name, words)

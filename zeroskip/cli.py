@@ -63,7 +63,7 @@ def export_command(
     A checkpoint is exported as it is. Of an ONNX folder with packed weights, --dense writes the
     plain form: standard operators and dense weights, zeros included.
     """
-    from zeroskip.export import MODEL_FILE, export_checkpoint, export_dense
+    from zeroskip.export import MODEL_FILE, export_dense, export_program, open_to_export
 
     if (source / MODEL_FILE).is_file():
         if not dense:
@@ -71,6 +71,10 @@ def export_command(
                 "this is an ONNX folder already", where=str(source), next_step="add --dense"
             )
             fail(problem, REFUSED)
+        with refusing_inputs():
+            from zeroskip.runtime.onnx.stored_linears import stored_linears
+
+            stored_linears(source / MODEL_FILE)
         count = export_dense(source, out)
         _exported(out, f"{count} packed linears are dense in {out}", as_json, unpacked=count)
         return
@@ -79,8 +83,8 @@ def export_command(
         from zeroskip.ir.folders import check_target
 
         check_target(out)
-        source = local_model(source)
-    export_checkpoint(source, out)
+        opened = open_to_export(local_model(source))
+    export_program(*opened, out)
     _exported(out, str(out), as_json)
 
 
@@ -181,6 +185,7 @@ def tune_command(
     """
     with refusing_inputs():
         from zeroskip.runtime.onnx.folder import MODEL_FILE
+        from zeroskip.runtime.onnx.stored_linears import stored_linears
         from zeroskip.tune import (
             parse_m,
             progress_bar,
@@ -196,6 +201,7 @@ def tune_command(
                 where=str(directory),
                 next_step="pass the folder that the ONNX export wrote",
             )
+        stored_linears(directory / MODEL_FILE)
     from zeroskip.manifest_changes import recording
     from zeroskip.runtime.machine import available_cores
     from zeroskip.runtime.onnx.tune import tune_folder

@@ -27,6 +27,7 @@ from zeroskip.manifest import write_manifest
 from zeroskip.manifest_inputs import InputFile, inputs_of, name_of, way_back
 from zeroskip.models import load_model, load_tokenizer, open_source
 from zeroskip.parallel import tell_others, work_along
+from zeroskip.passes.manager import check_passes
 from zeroskip.recipe import Recipe, dump_recipe, recipe_for, without_folders
 from zeroskip.relocation import relocated, under
 from zeroskip.report_page import write_report_page
@@ -138,6 +139,7 @@ def prepare(request: Request, stack: ExitStack) -> CompileJob | None:
     batches = read_batches(request.batches(tokenizer))
     source = open_source(request.model)
     program = open_program(source, None, batches)
+    check_passes([under(step, out) for step in plan.passes], program)
     baseline = prepare_gates(plan.gates, plan.passes, program, tokenizer, plan.memory)
     folder = stack.enter_context(new_folder(out, work / PARTIAL))
     tell_others(True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-PACKAGES = ("zeroskip", "torch", "onnx", "onnxruntime", "triton")
+PACKAGES = ("zeroskip", "torch", "transformers", "safetensors", "onnx", "onnxruntime", "triton")
 VARIABLES = ("ZEROSKIP_LIBRARY", "ZEROSKIP_BUILD", "ZEROSKIP_CACHE", "CXX", "CXXFLAGS", "LDFLAGS")
 ROWS_OF_X = (1, 4, 16, 128)
 SIZE = 256  # rows and columns of the weight that the kernels are tried on

@@ -40,6 +40,7 @@ from zeroskip.ir.facts import SparseWeights
 from zeroskip.ir.folders import new_folder
 from zeroskip.ir.linears import find_linears
 from zeroskip.ir.program import Program
+from zeroskip.ir.weights import all_finite
 from zeroskip.passes import PassRecord
 from zeroskip.report import plain_options
 
@@ -221,7 +222,7 @@ def _check_values(
     parts: Mapping[str, torch.Tensor], name: str, group_of_weights: int, path: Path
 ) -> None:
     for part in ("norms", "up", "down"):
-        if not parts[part].isfinite().all():
+        if not all_finite(parts[part]):
             refuse(path, f"{name}.{part} holds what is no number")
     if (parts["norms"] < 0).any():
         refuse(path, f"{name}.norms holds negative values")

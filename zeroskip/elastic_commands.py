@@ -44,8 +44,8 @@ def materialize_command(
     """Make plain sparse checkpoints of ARTEFACT, in seconds and without data.
 
     Give sparsities, or one budget: then a point of the recorded curve is taken (see `zeroskip
-    curve`), never one between. OUT holds checkpoint/, report.json and with --onnx onnx/; of several
-    sparsities each has a folder named after it. OUT appears only when everything succeeded. In
+    curve`), never one between. OUT is an artefact as `zeroskip compile` writes it, with onnx/ where
+    --onnx is given; of several sparsities each has a folder named after it. OUT appears only when everything succeeded. In
     onnx/, linears are packed where that pays in time; with --max-bytes all pruned ones are.
     """
     given = list(sparsity or ())
@@ -74,7 +74,7 @@ def materialize_command(
         with without_loading_bars(as_json):
             program, manifest = open_elastic(artefact)
     reports = write_materialized(
-        program, manifest, given, out, onnx=onnx, pack_always=size is not None
+        program, manifest, given, out, artefact, onnx=onnx, pack_always=size is not None
     )
     if as_json:
         typer.echo(json.dumps(reports, indent=2, ensure_ascii=False))

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from zeroskip.ir.errors import ArtifactError
 from zeroskip.ir.folders import new_folder
+
+if TYPE_CHECKING:
+    import torch
+
+    from zeroskip.ir.program import Program
 
 MODEL_FILE = "model.onnx"
 # What belongs to the old weights: their data, how they were compared, how they were tuned.
@@ -48,10 +54,40 @@ def export_checkpoint(source: Path, out: Path) -> None:
     Raises:
         CompileError: The model cannot be captured or has no ONNX form, or the target is taken.
     """
-    from zeroskip.compile import compile_sparse
-    from zeroskip.models import load_model
-    from zeroskip.passes import ExportOnnx
+    export_program(*open_to_export(source), out)
+
+
+def open_to_export(source: Path) -> tuple[Program, torch.nn.Module | None]:
+    """Returns a checkpoint as a program, and the live module where it had to be loaded.
+
+    Raises:
+        CompileError: It cannot be read or captured.
+    """
+    import torch
+
+    from zeroskip.compile import open_program
+    from zeroskip.models import open_source
 
     # A directory is exported from disk; a GGUF file has to be dequantised first.
-    model = source if (source / "config.json").is_file() else load_model(source)[0]
-    compile_sparse(model, [ExportOnnx(out)])
+    opened = open_source(source)
+    return open_program(opened), opened if isinstance(opened, torch.nn.Module) else None
+
+
+def export_program(program: Program, live: torch.nn.Module | None, out: Path) -> None:
+    """Writes the ONNX folder of what `open_to_export` returned.
+
+    Raises:
+        CompileError: It has no ONNX form, or the target is taken.
+    """
+    from zeroskip.compile import compile_program
+    from zeroskip.passes import ExportOnnx
+
+    compile_program(
+        program,
+        [ExportOnnx(out)],
+        live=live,
+        memory="4GiB",
+        instruments=(),
+        progress=False,
+        files=None,
+    )

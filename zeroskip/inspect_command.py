@@ -47,15 +47,13 @@ def inspect_command(
     if (model / "checkpoint" / "config.json").is_file():
         model = model / "checkpoint"  # Of an artefact.
     with refusing_inputs():
+        from zeroskip.compile import open_program
         from zeroskip.hub import local_model
         from zeroskip.models import open_source
         from zeroskip.progress import without_loading_bars
 
         with without_loading_bars(as_json):
-            source = open_source(local_model(model))
-    from zeroskip.compile import open_program
-
-    program = open_program(source)
+            program = open_program(open_source(local_model(model)))
     if not scales:
         from zeroskip.inspect_table import summarize
 

@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from zeroskip.compile import materialize
-from zeroskip.elastic_manifest import CHECKPOINT, Manifest
+from zeroskip.elastic_manifest import CHECKPOINT, MANIFEST_FILE, Manifest
 from zeroskip.elastic_record import packing
 from zeroskip.ir.elastic import Elastic
 from zeroskip.ir.errors import PatternError
 from zeroskip.ir.folders import new_folder
 from zeroskip.ir.program import Program
-from zeroskip.passes import ExportOnnx
+from zeroskip.manifest import write_manifest
+from zeroskip.manifest_inputs import read_inputs, way_back
+from zeroskip.passes import ExportOnnx, MaterializeElastic
 from zeroskip.passes.base import Pass
+from zeroskip.recipe import dump_recipe
 from zeroskip.relocation import relocated
+from zeroskip.report_page import write_report_page
 
 
 def check_sparsities(manifest: Manifest, sparsities: Sequence[float]) -> None:
@@ -39,11 +43,12 @@ def write_materialized(
     manifest: Manifest,
     sparsities: Sequence[float],
     out: Path,
+    artefact: Path,
     *,
     onnx: bool = False,
     pack_always: bool = False,
 ) -> list[dict[str, Any]]:
-    """Writes a checkpoint, a report and maybe an ONNX folder for each sparsity; returns the reports.
+    """Writes an artefact for each sparsity, which `zeroskip verify` knows; returns the reports.
 
     One sparsity lies in `out` itself, several in folders named after them. All appear together, or
     none.
@@ -53,6 +58,7 @@ def write_materialized(
         manifest: Of the same.
         sparsities: Checked by `check_sparsities`.
         out: Must not exist, or be empty.
+        artefact: Where the program came from.
         onnx: Whether to write onnx/ as well.
         pack_always: Pack every pruned linear in it, for size; else those where it pays in time.
 
@@ -77,5 +83,18 @@ def write_materialized(
             }
             text = json.dumps(report, indent=2, ensure_ascii=False)
             (there / "report.json").write_text(text + "\n", encoding="utf-8")
+            steps = [MaterializeElastic(sparsity), *exports[:-1], *([ExportOnnx("onnx")] * onnx)]
+            ran = dump_recipe(steps, defaults=True)
+            (there / "recipe.yaml").write_text(ran, encoding="utf-8")
+            write_report_page(there, report, model=f"{artefact.resolve().name} at {sparsity:g}")
+            write_manifest(
+                there,
+                compiled.program,
+                report,
+                inputs=read_inputs("model", artefact / MANIFEST_FILE),
+                inputs_from=way_back(out / name),
+                recipe=MaterializeElastic.name,
+                seed=0,
+            )
             reports.append(report)
     return reports

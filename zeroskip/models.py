@@ -59,10 +59,30 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     # Readers of damaged files raise struct.error, KeyError and others; the tokenizers library knows
     # only Exception itself.
     except Exception as error:
+        _check_configuration(path, gguf)
         raise ArtifactError(
             f"The tokenizer cannot be loaded: {error}",
             where=str(path),
             next_step="Save it there with `tokenizer.save_pretrained(directory)`.",
+        ) from error
+
+
+def _check_configuration(path: Path, gguf: Path | None) -> None:
+    """Raises ArtifactError where it is the model itself that cannot be read, not its tokenizer."""
+    from transformers import AutoConfig
+
+    safe = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        if gguf:
+            AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, **safe)
+        else:
+            AutoConfig.from_pretrained(path, **safe)
+    except Exception as error:  # See `load_tokenizer`.
+        named = "GGUF file" if gguf else "config.json"
+        raise ArtifactError(
+            f"The {named} cannot be read: {error}",
+            where=str(gguf or path),
+            next_step=f"Check that the {named} is complete, and that transformers supports it.",
         ) from error
 
 
@@ -87,9 +107,19 @@ def _gguf_file(path: Path) -> Path | None:
         raise ArtifactError(
             f"The directory has no config.json and {len(files)} GGUF files.",
             where=str(path),
-            next_step="Give a directory that `save_pretrained` wrote, or name one GGUF file.",
+            next_step=_next_to(path),
         )
     return _with_reader(files[0])
+
+
+def _next_to(path: Path) -> str:
+    """What to give instead of a folder that is no model: what lies in it, if it is an artefact."""
+    inside = [name for name in ("checkpoint", "onnx") if (path / name).is_dir()]
+    if inside:
+        return f"Give {' or '.join(str(path / name) for name in inside)}, which lie in it."
+    if (path / "model.onnx").is_file():
+        return "Give the checkpoint that the ONNX folder was made from; its tokenizer is not here."
+    return "Give a directory that `save_pretrained` wrote, or name one GGUF file."
 
 
 def _with_reader(path: Path) -> Path:

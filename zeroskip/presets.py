@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import textwrap
 from pathlib import Path
 
@@ -84,10 +85,11 @@ def find_recipe(name: str, pattern: str | None = None) -> Recipe:
     if name in PRESETS and not Path(name).exists():
         return preset(name, pattern or DEFAULT_PATTERN)
     if not Path(name).exists() and not Path(name).suffix:
-        names = ", ".join(PRESETS)
+        nearest = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"Did you mean `{nearest[0]}`? " if nearest else ""
         raise RecipeError(
             f"There is no recipe {name}: neither a file nor a preset.",
             where=name,
-            next_step=f"Give the path of a file, or a preset: {names}.",
+            next_step=f"{hint}Give the path of a file, or a preset: {', '.join(PRESETS)}.",
         )
     return load_recipe(name, pattern)

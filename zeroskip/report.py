@@ -21,6 +21,7 @@ from zeroskip.ir.pruning_error import (
     root_mean_square,
     sample_weights,
 )
+from zeroskip.ir.weights import count_nonzero
 from zeroskip.linear_table import Row, linear_table, role_of, slowest_line, table
 from zeroskip.passes import PassRecord, PipelineResult
 from zeroskip.runtime.verdict_24 import table_of
@@ -203,7 +204,7 @@ def make_report(program: Program, result: PipelineResult, drift: float) -> Repor
                 name=linear.name,
                 shape=linear.shape,
                 pattern="dense" if mask is None else str(mask.pattern),
-                density=int(weight.count_nonzero()) / max(weight.numel(), 1),
+                density=count_nonzero(weight) / max(weight.numel(), 1),
                 note=_note(linear, mask, roles, lowered),
                 verdict=lowered.verdicts.get(linear.name),
                 dtype=str(weight.dtype).removeprefix("torch."),

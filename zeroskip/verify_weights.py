@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from zeroskip.ir.checkpoint import open_checkpoint
 from zeroskip.ir.errors import CompileError
 from zeroskip.ir.patterns import parse_pattern
+from zeroskip.ir.weights import count_nonzero
 from zeroskip.manifest import LinearRecord, Manifest
 from zeroskip.runtime.onnx.folder import MODEL_FILE
 from zeroskip.runtime.onnx.parity import LIMIT, PARITY_FILE
@@ -60,7 +61,7 @@ def linear_problem(record: LinearRecord, parameter: torch.Tensor) -> str | None:
     weight = matrix.T if record.transposed else matrix
     if list(weight.shape) != record.shape:
         return f"it is {list(weight.shape)}, and the manifest says {record.shape}"
-    density = int(weight.count_nonzero()) / max(weight.numel(), 1)
+    density = count_nonzero(weight) / max(weight.numel(), 1)
     if density != record.density:
         return f"its density is {density:.6f}, and the manifest says {record.density:.6f}"
     if record.pattern == "dense":

@@ -89,6 +89,10 @@ def remove_leftovers(out: Path) -> None:
             pass
 
 
+_ATTEMPTS = 100
+"""Times that a folder may vanish between being made and being used."""
+
+
 def place_of(out: Path) -> Path:
     """Returns where the work folder of an artefact is."""
     # The folder itself, whatever links lead to it: one name for one lock.
@@ -117,12 +121,18 @@ def _lock(place: Path, out: Path) -> int:
     import fcntl  # Not on Windows, where nothing else of this module is missing.
 
     path = place / "lock"
+    missing = 0
     while True:
         try:
             place.mkdir(parents=True, exist_ok=True)
             lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:
-            continue  # The run that held it has just finished and removed the folder.
+        except FileNotFoundError as error:
+            # The run that held it has just finished and removed the folder, or no folder can be
+            # made here at all (below /proc, say).
+            missing += 1
+            if missing < _ATTEMPTS:
+                continue
+            raise _unusable(place, error) from error
         except OSError as error:
             raise _unusable(place, error) from error
         try:

@@ -12,7 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zeroskip import cli
-from zeroskip.passes import PASSES
+from zeroskip.ir.errors import CompileError
+from zeroskip.ir.program import Program
+from zeroskip.passes import PASSES, ApplyMasks
 from zeroskip.recipe import load_recipe
 
 RECIPE = """\
@@ -229,15 +231,46 @@ def test_too_little_calibration_text(
     assert "2000 tokens" in stderr
 
 
-def test_a_compilation_that_stops_leaves_nothing(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, checkpoint: Path
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("passes: [apply-masks]", "apply-masks needs Masks"),
+        ("passes: [observe, prune-wanda: {pattern: 2:4}]", "--calibration TEXT"),
+        ("passes: [prune-magnitude: {pattern: 2:4, include: ['*nothing*']}]", "*nothing*"),
+        ("passes: [prune-magnitude: {pattern: 3:7}]", "3:7 does not fit"),
+    ],
+)
+def test_passes_that_do_not_fit_the_model_are_an_input_that_cannot_be_used(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, checkpoint: Path, text: str, message: str
 ) -> None:
-    recipe = tmp_path / "unordered.yaml"
-    recipe.write_text("passes: [apply-masks]", encoding="utf-8")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text, encoding="utf-8")
+    code, stdout, stderr = run(
+        capsys, "compile", checkpoint, "-r", recipe, "-o", tmp_path / "build"
+    )
+    assert (code, stdout) == (2, "")
+    assert message in stderr
+    assert not (tmp_path / "build").exists()
+    assert leftovers(tmp_path) == []
+
+
+def test_a_compilation_that_stops_leaves_nothing(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop(self: ApplyMasks, program: Program) -> Program:
+        raise CompileError("nothing goes on")
+
+    monkeypatch.setattr(ApplyMasks, "run", stop)
+    recipe = tmp_path / "stops.yaml"
+    recipe.write_text("passes: [prune-magnitude: {pattern: 2:4}, apply-masks]", encoding="utf-8")
     code, stdout, stderr = run(
         capsys, "compile", checkpoint, "-r", recipe, "-o", tmp_path / "build"
     )
     assert (code, stdout) == (1, "")
+    assert "nothing goes on" in stderr
     assert "apply-masks" in stderr
     assert "Traceback" not in stderr
     assert not (tmp_path / "build").exists()

@@ -31,7 +31,15 @@ from zeroskip.ir.errors import ArtifactError, CompileError, PatternError, Requir
 from zeroskip.ir.facts import SparseWeights
 from zeroskip.ir.linears import find_linears
 from zeroskip.ir.program import Program
-from zeroskip.passes import ApplyMasks, Pass, PruneMagnitude, TrainElastic
+from zeroskip.passes import (
+    ApplyMasks,
+    ExportOnnx,
+    MaterializeElastic,
+    Pass,
+    PruneMagnitude,
+    TrainElastic,
+)
+from zeroskip.recipe import load_recipe
 
 QUICK: dict[str, Any] = {"groups": (0.5, 0.7), "rank": 2, "epochs": 1, "learning_rate": 0.01}
 RECIPE = """\
@@ -286,7 +294,9 @@ def test_materialize_one_sparsity(
     code, stdout, stderr = run(capsys, "materialize", built, "--sparsity", 0.62, "--out", out)
     assert code == 0, stderr
     assert "sparsity 0.62" in stdout
-    assert {path.name for path in out.iterdir()} == {"checkpoint", "report.json"}
+    assert {path.name for path in out.iterdir()} == {
+        "checkpoint", "manifest.json", "recipe.yaml", "report.html", "report.json",
+    }  # fmt: skip
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert report["elastic"]["sparsity"] == 0.62
     assert report["elastic"]["made_by"][0]["pass"] == "train-elastic"
@@ -335,6 +345,35 @@ def exported(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         cli.main(["materialize", str(built), "--max-bytes", limit, "-o", str(out), "--onnx"])
     assert not ended.value.code
     return out
+
+
+def test_what_was_materialized_is_an_artefact(
+    capsys: pytest.CaptureFixture[str], built: Path, exported: Path, tmp_path: Path
+) -> None:
+    elastic, out = tmp_path / "elastic", tmp_path / "several"
+    shutil.copytree(built, elastic)
+    arguments = ("materialize", elastic, "-s", 0.5, "-s", 0.62, "--out", out)
+    assert run(capsys, *arguments)[0] == 0
+    for made in (out / "0.5", out / "0.62", exported):
+        code, stdout, stderr = run(capsys, "verify", made)
+        assert code == 0, stdout + stderr
+        steps = load_recipe(made / "recipe.yaml").passes
+        assert isinstance(steps[0], MaterializeElastic)
+        assert (made / "report.html").stat().st_size > 1000
+    assert isinstance(load_recipe(exported / "recipe.yaml").passes[-1], ExportOnnx)
+    # It knows what it came from, and when that changes.
+    manifest = elastic / "elastic.json"
+    manifest.write_text(manifest.read_text(encoding="utf-8") + " ", encoding="utf-8")
+    code, stdout, _ = run(capsys, "verify", out / "0.5", "--no-run")
+    assert code == 4
+    assert "stale" in stdout
+    weights = out / "0.62" / "checkpoint" / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-3] ^= 1
+    weights.write_bytes(bytes(damaged))
+    code, stdout, _ = run(capsys, "verify", out / "0.62", "--no-run")
+    assert code == 4
+    assert "tampered" in stdout
 
 
 def test_materialize_with_onnx(exported: Path, tmp_path: Path) -> None:

@@ -128,6 +128,10 @@ def test_what_cannot_be_inspected(capsys: pytest.CaptureFixture[str], tmp_path: 
     code, out, err = run(capsys, "inspect", tmp_path)
     assert (code, out) == (2, "")
     assert "no config.json" in err
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "x"}')
+    code, out, err = run(capsys, "inspect", tmp_path)
+    assert (code, out) == (2, "")
+    assert "Traceback" not in err
 
 
 def test_the_summary_says_what_could_run_where(

@@ -170,8 +170,25 @@ def test_a_gguf_file_cut_short(tmp_path: Path, model: LlamaForCausalLM) -> None:
         with pytest.raises(ArtifactError, match="GGUF file cannot be loaded"):
             load_model(path)
         if length < 20_000:  # The tokenizer lies before the tensors.
-            with pytest.raises(ArtifactError, match="tokenizer cannot be loaded"):
+            with pytest.raises(
+                ArtifactError, match=r"tokenizer cannot be loaded|GGUF file cannot be"
+            ):
                 load_tokenizer(path)
+
+
+def test_a_damaged_configuration_is_not_called_a_damaged_tokenizer(checkpoint: Path) -> None:
+    (checkpoint / "config.json").write_text('{"model_type": ', encoding="utf-8")
+    with pytest.raises(ArtifactError, match=r"config\.json cannot be read"):
+        load_tokenizer(checkpoint)
+
+
+def test_what_lies_in_an_artefact_is_named(tmp_path: Path) -> None:
+    for name in ("checkpoint", "onnx"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ArtifactError, match=r"no config\.json") as caught:
+        load_model(tmp_path)
+    assert str(tmp_path / "checkpoint") in str(caught.value)
+    assert str(tmp_path / "onnx") in str(caught.value)
 
 
 def test_a_damaged_tokenizer(checkpoint: Path) -> None:

@@ -60,7 +60,9 @@ def test_what_does_not_exist_is_refused() -> None:
     with pytest.raises(PatternError, match="not a sparsity pattern"):
         preset("best", "half")
     with pytest.raises(RecipeError, match="neither a file nor a preset"):
-        find_recipe("bets")
+        find_recipe("far from any")
+    with pytest.raises(RecipeError, match="Did you mean `best`"):
+        find_recipe("bst")
     with pytest.raises(RecipeError, match="cannot be read"):
         find_recipe("bets.yaml")
 

@@ -348,6 +348,24 @@ def test_a_folder_that_may_not_be_written(
     assert "Read-only file system" in message
 
 
+def test_a_place_where_no_folder_can_be_made_is_refused_and_not_tried_forever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def vanish(self: Path, *_: object, **__: object) -> None:
+        tried.append(self)
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", vanish)
+    with (
+        pytest.raises(ArtifactError, match="the work folder cannot be used"),
+        work_folder(tmp_path / "out"),
+    ):
+        pass
+    assert 1 < len(tried) <= 1000
+
+
 def test_a_target_under_another_name_until_it_is_complete(tmp_path: Path) -> None:
     partial = tmp_path / "partial"
     partial.mkdir()

@@ -140,11 +140,15 @@ def test_rows_that_are_none(folder: Path, m: str, capsys: pytest.CaptureFixture[
     assert "no list of row counts" in err
 
 
-def test_a_damaged_model_stops(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_model_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder / "model.onnx").write_bytes(b"damaged")
-    code, _, err = run(capsys, "tune", folder)
-    assert code == 1
-    assert "cannot be read" in err
+    for command in (("tune", folder), ("export", folder, "--dense", "-o", tmp_path / "out")):
+        code, _, err = run(capsys, *command)
+        assert code == 2, command
+        assert "cannot be read" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_row_counts_are_sorted_and_distinct() -> None:

@@ -12,7 +12,19 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from zeroskip.ir.errors import ArtifactError
-from zeroskip.ir.weights import InMemory, Masked, OnDisk, Source, Weights, pack_bits, unpack_bits
+from zeroskip.ir.weights import (
+    InMemory,
+    Masked,
+    OnDisk,
+    Source,
+    Weights,
+    all_finite,
+    count_nonzero,
+    is_zero,
+    pack_bits,
+    unpack_bits,
+    zero_outside,
+)
 
 shapes = st.lists(st.integers(0, 9), min_size=1, max_size=4).map(tuple)
 
@@ -45,6 +57,51 @@ def test_masks_are_views_of_nothing() -> None:
     bits = pack_bits(mask)
     unpack_bits(bits, (4, 16)).logical_not_()
     assert torch.equal(unpack_bits(bits, (4, 16)), mask)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn]
+)
+def test_zero_outside_is_masked_fill_to_the_bit(dtype: torch.dtype, turned: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 16, generator=generator)
+    weight[0, :4] = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0])
+    weight = weight.to(dtype)
+    weight, keep = (weight.T if turned else weight), random_mask((16, 24) if turned else (24, 16))
+    found = zero_outside(weight, keep)
+    assert found.dtype == dtype
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    assert torch.equal(found.view(whole), weight.view(whole).masked_fill(~keep, 0))
+    assert zero_outside(torch.zeros(0, 4, dtype=dtype), torch.ones(0, 4).bool()).shape == (0, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_one_value_that_is_not_finite_is_found(dtype: torch.dtype) -> None:
+    values = torch.randn(7, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert all_finite(values)
+    assert all_finite(values[:0])
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        for place in ((0, 0), (3, 17), (6, 32)):
+            spoilt = values.clone()
+            spoilt[place] = bad
+            assert not all_finite(spoilt)
+            assert not all_finite(spoilt.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_what_is_not_zero_is_found_and_counted(dtype: torch.dtype) -> None:
+    values = torch.zeros(7, 33, dtype=dtype)
+    values[1, 1] = -0.0
+    assert is_zero(values)
+    assert is_zero(values[:0])
+    assert count_nonzero(values) == 0
+    places = {(0, 0): 1.0, (3, 17): -1.0, (6, 32): float("nan"), (2, 5): 2.0**-14}
+    for count, (place, value) in enumerate(places.items(), 1):
+        spoilt = torch.zeros_like(values)
+        spoilt[place] = values[place] = value
+        assert not is_zero(spoilt)
+        assert count_nonzero(values.T) == count
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -13,7 +13,13 @@ from tests.small import small_program
 from tests.zoo import ZOO
 from zeroskip.ir.elastic import LEVELS, Elastic
 from zeroskip.ir.elastic_training import ElasticStage, draw_thresholds, share_groups, thresholds_of
-from zeroskip.ir.errors import CalibrationError, PatternError, RecipeError, RequirementError
+from zeroskip.ir.errors import (
+    CalibrationError,
+    CompileError,
+    PatternError,
+    RecipeError,
+    RequirementError,
+)
 from zeroskip.ir.facts import SparseWeights, Statistics
 from zeroskip.ir.linears import find_linears
 from zeroskip.ir.patterns import NM, Unstructured
@@ -51,8 +57,13 @@ def test_weights_stay_and_the_program_computes_what_it_did(trained: Program) -> 
     assert SparseWeights not in trained.facts
 
 
-def test_materialised_equals_the_elastic_forward(trained: Program) -> None:
+@pytest.mark.parametrize("checks", [True, False])
+def test_materialised_equals_the_elastic_forward(trained: Program, checks: bool) -> None:
+    if not checks:  # Then the lowest group has adapters, whatever they are worth.
+        step = TrainElastic(**QUICK, learning_rate=0.01, check_lowest=False)
+        trained = PassManager([step])(calibrated("llama")).program
     elastic = trained.fact(Elastic)
+    compared = []
     linears = find_linears(trained)
     stage = ElasticStage(trained, linears, elastic)
     batch = trained.calibration[0]
@@ -75,6 +86,8 @@ def test_materialised_equals_the_elastic_forward(trained: Program) -> None:
             expected = stage.run(batch, threshold, group)
         for name, value in made.run(batch).items():
             torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-5)
+        compared.append(group)
+    assert set(compared) >= ({1} if checks else {0, 1})
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.37, 0.5, 0.62, 0.7])
@@ -227,6 +240,11 @@ def test_shares_are_those_of_the_paper() -> None:
         {"family": "columns"},
         {"epochs": 0},
         {"learning_rate": 0},
+        {"learning_rate": float("inf")},
+        {"groups": 0.5},
+        {"groups": ("a",)},
+        {"groups": (0.001,)},
+        {"rank": 2.5},
         {"hierarchy": "flat"},
         {"mixer": "none"},
         {"loss": "mean"},
@@ -255,10 +273,50 @@ def test_refusals() -> None:
         )
     program = calibrated("llama")
     pruned = PassManager([PruneMagnitude("50%"), ApplyMasks()])(program).program
-    with pytest.raises(RequirementError, match="pruned already"):
+    with pytest.raises(RequirementError, match="comes with it already"):
         PassManager([TrainElastic(**QUICK)])(pruned)
+    steps = [PruneMagnitude("50%"), ApplyMasks(), TrainElastic(**QUICK)]
+    with pytest.raises(RequirementError, match="apply-masks comes before it"):
+        PassManager(steps)(program)
+    with pytest.raises(RecipeError, match=r"sparsity='0\.5'"):
+        MaterializeElastic("0.5")  # type: ignore[arg-type]
     with pytest.raises(RequirementError, match="train-elastic"):
         PassManager([MaterializeElastic(0.5)])(program)
+
+
+def test_a_family_is_a_number_or_its_text() -> None:
+    assert TrainElastic(family=8, groups=(0.5, 0.75)) == TrainElastic(  # type: ignore[arg-type]
+        family="8", groups=(0.5, 0.75)
+    )
+
+
+def test_a_width_that_m_does_not_divide_is_refused_before_anything_runs() -> None:
+    program = calibrated("mlp")
+    widths = [linear.in_features for linear in find_linears(program)]
+    assert any(width % 32 for width in widths)
+    with pytest.raises(PatternError, match="n:32 does not fit a width of") as caught:
+        PassManager([TrainElastic(family="32", groups=(0.5, 0.75))])(program)
+    assert caught.value.where in {linear.name for linear in find_linears(program)}
+    assert "exclude=" in str(caught.value)
+
+
+def test_two_passes_over_different_linears_share_their_groups() -> None:
+    first = TrainElastic(**QUICK, include=("*q_proj",))
+    program = PassManager([first])(calibrated("llama")).program
+    same = TrainElastic(**QUICK, include=("*k_proj",))
+    both = PassManager([same])(program).program.fact(Elastic)
+    assert len(both.linears) == 2 * len(program.fact(Elastic).linears)
+    other = dataclasses.replace(same, groups=(0.3, 0.4, 0.6))
+    for steps, start in (([other], program), ([first, other], calibrated("llama"))):
+        with pytest.raises(RequirementError, match="elastic already, with groups"):
+            PassManager(steps)(start)
+
+
+def test_training_that_diverges_says_so() -> None:
+    step = TrainElastic(**QUICK, learning_rate=1e30)
+    with pytest.raises(CompileError, match="training diverged") as caught:
+        PassManager([step])(calibrated("llama"))
+    assert "learning_rate below 1e+30" in str(caught.value)
 
 
 def test_a_sparsity_that_was_not_trained_is_refused_before_anything_runs(trained: Program) -> None:
