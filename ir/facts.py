@@ -13,7 +13,7 @@ import torch
 from zeroskip.ir.errors import RequirementError
 from zeroskip.ir.formats import Rounded, ValueFormat
 from zeroskip.ir.patterns import SparsityPattern
-from zeroskip.ir.weights import Masked, Source, is_zero, unpack_bits, zero_outside
+from zeroskip.ir.weights import Masked, Source, is_zero_outside, unpack_bits
 
 if TYPE_CHECKING:
     from zeroskip.ir.linears import Linear
@@ -312,7 +312,7 @@ class SparseWeights(Fact):
                 return f"mask of {name} is {mask.shape}, the linear is {linear.shape}"
             if _masked_by(program.weights.source(linear.parameter), linear, mask):
                 continue
-            if not is_zero(zero_outside(linear.weight(program), ~mask.keep())):
+            if not is_zero_outside(linear.weight(program), mask.keep()):
                 return f"{name} has a non-zero weight outside its mask"
         return None
 

@@ -94,7 +94,7 @@ class Unstructured(SparsityPattern):
             return None
         rows = keep.reshape(1, -1) if self.comparison == "matrix" else keep
         allowed = rows.shape[1] - pruned_count(self.sparsity, rows.shape[1])
-        worst = int(rows.sum(1).max()) if rows.numel() else 0
+        worst = int(rows.sum(1, dtype=torch.int32).max()) if rows.numel() else 0
         return f"keeps {worst} of {rows.shape[1]}, allowed {allowed}" if worst > allowed else None
 
 

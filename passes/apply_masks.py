@@ -17,7 +17,7 @@ from zeroskip.ir.facts import (
 from zeroskip.ir.linears import find_linears, masked_sources
 from zeroskip.ir.program import Program
 from zeroskip.ir.pruning_error import output_error
-from zeroskip.ir.weights import is_zero, zero_outside
+from zeroskip.ir.weights import is_zero_outside, zero_outside
 from zeroskip.passes.base import Pass, Scope
 
 
@@ -66,7 +66,7 @@ class ApplyMasks(Pass):
             if linear.name in masks:
                 keep = masks[linear.name].keep()
                 weight = linear.weight(program)
-                if not is_zero(zero_outside(weight, ~keep)):
+                if not is_zero_outside(weight, keep):
                     keeps[linear.name] = keep
                     masks[linear.name] = _judged(
                         masks[linear.name], weight, keep, statistics.edges.get(linear.name)

@@ -29,7 +29,7 @@ from zeroskip.ir.part_means import means_of_parts
 from zeroskip.ir.program import Program
 from zeroskip.ir.scale_groups import ScaleGroups
 from zeroskip.ir.selection import check_selection, select_linears
-from zeroskip.ir.weights import is_zero, zero_outside
+from zeroskip.ir.weights import is_zero_outside, zero_outside
 from zeroskip.passes.base import Pass, Scope
 
 
@@ -254,10 +254,8 @@ def what_all_agree_on(averages: torch.Tensor) -> torch.Tensor:
 
 def _pending(program: Program, linear: Linear, before: BiasShift | None) -> torch.Tensor:
     """What was added for an earlier mask that was never applied: the new one takes its place."""
-    if before is not None:
-        lost = zero_outside(linear.weight(program), ~before.mask.keep())
-        if not is_zero(lost):
-            return before.shift
+    if before is not None and not is_zero_outside(linear.weight(program), before.mask.keep()):
+        return before.shift
     return torch.zeros(linear.out_features, dtype=torch.float64)
 
 

@@ -20,7 +20,7 @@ from zeroskip.ir.weights import (
     Weights,
     all_finite,
     count_nonzero,
-    is_zero,
+    is_zero_outside,
     pack_bits,
     unpack_bits,
     zero_outside,
@@ -93,14 +93,17 @@ def test_one_value_that_is_not_finite_is_found(dtype: torch.dtype) -> None:
 def test_what_is_not_zero_is_found_and_counted(dtype: torch.dtype) -> None:
     values = torch.zeros(7, 33, dtype=dtype)
     values[1, 1] = -0.0
-    assert is_zero(values)
-    assert is_zero(values[:0])
+    nothing = torch.zeros(7, 33, dtype=torch.bool)
+    assert is_zero_outside(values, nothing)
+    assert is_zero_outside(values[:0], nothing[:0])
     assert count_nonzero(values) == 0
     places = {(0, 0): 1.0, (3, 17): -1.0, (6, 32): float("nan"), (2, 5): 2.0**-14}
     for count, (place, value) in enumerate(places.items(), 1):
         spoilt = torch.zeros_like(values)
         spoilt[place] = values[place] = value
-        assert not is_zero(spoilt)
+        assert not is_zero_outside(spoilt, nothing)
+        assert not is_zero_outside(spoilt.T, nothing.T)
+        assert is_zero_outside(spoilt, spoilt != 0)
         assert count_nonzero(values.T) == count
 
 
