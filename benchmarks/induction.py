@@ -37,12 +37,12 @@ from rich.table import Table
 
 from zeroskip import calibration_from_text, perplexity
 from zeroskip.ir.capture import capture
-from zeroskip.ir.facts import Statistics
 from zeroskip.ir.induction import Induced
 from zeroskip.ir.linears import find_linears
 from zeroskip.ir.program import Batch, Program
 from zeroskip.ir.score_refresh import refreshed_scores
 from zeroskip.ir.selection import select_linears
+from zeroskip.ir.statistics import Statistics
 from zeroskip.models import load_model
 from zeroskip.passes import PASSES, Pass, PassManager, PatternPass, UpdatingPruner
 from zeroskip.runtime.machine import cpu_name

@@ -145,7 +145,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def passes_of(method: str) -> list[Pass]:
     """The passes of a method, with calibration only where the pruner asks for it."""
-    from zeroskip.ir.facts import Statistics
+    from zeroskip.ir.statistics import Statistics
     from zeroskip.passes import PASSES, ApplyMasks, Observe, Pruner
 
     name, pattern = METHODS[method]

@@ -17,10 +17,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from zeroskip import compile_sparse
 from zeroskip.ir.errors import CompileError, RequirementError
-from zeroskip.ir.facts import Statistics
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.program import Program
 from zeroskip.ir.rewrite import Editor, Match, RewriteRule, apply_rules
+from zeroskip.ir.statistics import Statistics
 from zeroskip.passes import ApplyMasks, Observe, Pass, Pruner, PruneWanda
 
 aten = torch.ops.aten

@@ -9,15 +9,11 @@ from dataclasses import dataclass, field
 import torch
 
 from zeroskip.ir.channel_groups import ChannelAxis, ChannelGroup
-from zeroskip.ir.facts import (
-    EdgeStatistics,
-    Fact,
-    ScoreMultipliers,
-    Statistics,
-)
+from zeroskip.ir.facts import Fact
 from zeroskip.ir.folding import FoldedScales
 from zeroskip.ir.program import Program
 from zeroskip.ir.scale_groups import ScaleGroups
+from zeroskip.ir.statistics import EdgeStatistics, ScoreMultipliers, Statistics
 from zeroskip.ir.weights import InMemory, Source
 
 # A group, and the channel that each slot gets, int64 [size].

@@ -21,6 +21,7 @@ from zeroskip.ir.elastic import (
     LEVELS,
     Elastic,
     adapters_of,
+    at_least,
     correction,
 )
 from zeroskip.ir.linears import Linear
@@ -86,7 +87,7 @@ class ElasticStage:
                 groups, hierarchy = len(self.elastic.groups), self.elastic.hierarchy
                 used = adapters_of(group, groups, hierarchy)
                 weight = weight + correction(*self.adapters[linear.name], used)
-            keep = self.elastic.linears[linear.name].levels >= threshold
+            keep = at_least(self.elastic.linears[linear.name].levels, threshold)
             # Several times as fast as masked_fill, there and back.
             weights.append((linear, weight * keep.to(weight.dtype)))
         return run_with(self.program, batch, stacked_weights(self.program, weights))

@@ -21,24 +21,14 @@ from zeroskip.ir.channel_permutation import Permutation, PermutedChannels, Reord
 from zeroskip.ir.checkpoint_keys import Cast
 from zeroskip.ir.elastic import Elastic, ElasticLinear
 from zeroskip.ir.errors import ArtifactError
-from zeroskip.ir.facts import (
-    EdgeStatistics,
-    Lowered,
-    Mask,
-    Masks,
-    QuantizedValues,
-    Roles,
-    ScoreMultipliers,
-    SparseWeights,
-    Statistics,
-    Steering,
-)
+from zeroskip.ir.facts import Lowered, Mask, Masks, QuantizedValues, Roles, SparseWeights
 from zeroskip.ir.folding import Fold, FoldedScales, Scaled
 from zeroskip.ir.formats import Rounded, ValueFormat
 from zeroskip.ir.induction import Induced, Outcome
 from zeroskip.ir.patterns import NM, Block, Unstructured
 from zeroskip.ir.reconstruction import Distilled, Reconstructed, Reconstruction
 from zeroskip.ir.scale_groups import Consumer, Member, Refusal, ScaleGroup, ScaleGroups, Shift
+from zeroskip.ir.statistics import EdgeStatistics, ScoreMultipliers, Statistics, Steering
 from zeroskip.ir.weight_energy import Compensated, Compensation
 from zeroskip.ir.weights import Masked, Source
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 import torch
 
 from zeroskip.ir.errors import CompileError
-from zeroskip.ir.facts import EdgeStatistics, Fact, Statistics
+from zeroskip.ir.facts import Fact
 from zeroskip.ir.formats import Rounded
 from zeroskip.ir.program import Program
 from zeroskip.ir.scale_equations import raised
 from zeroskip.ir.scale_groups import Consumer, Member, ScaleGroup, ScaleGroups
+from zeroskip.ir.statistics import EdgeStatistics, Statistics
 from zeroskip.ir.weights import InMemory, Masked, Source
 
 # A weight that a fold brings closer to the largest number of its type than this may overflow later.

@@ -16,10 +16,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from zeroskip.ir import process_group
 from zeroskip.ir.dataflow import is_elementwise, is_movement
 from zeroskip.ir.errors import CalibrationError
-from zeroskip.ir.facts import EdgeStatistics, Statistics
 from zeroskip.ir.linears import Linear, LinearUse
 from zeroskip.ir.program import Batch, Program
 from zeroskip.ir.shared_streams import own_batches
+from zeroskip.ir.statistics import EdgeStatistics, Statistics
 
 aten = torch.ops.aten
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from zeroskip.ir.facts import EdgeStatistics
+from zeroskip.ir.statistics import EdgeStatistics
 from zeroskip.ir.weights import all_finite, count_nonzero
 
 ROWS = 256

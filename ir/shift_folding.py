@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 
 from zeroskip.ir.biases import find_bias, refusal_to_shift
-from zeroskip.ir.facts import Statistics
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.program import Program
 from zeroskip.ir.scale_groups import ScaleGroup
+from zeroskip.ir.statistics import Statistics
 
 
 def why_not_shifted(

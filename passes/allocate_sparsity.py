@@ -12,12 +12,12 @@ from typing import Literal
 from zeroskip.ir.allocation import Share, cheapest_shares, level_shares, whole_steps
 from zeroskip.ir.budgets import Budgets, Measurements
 from zeroskip.ir.errors import PatternError, RecipeError
-from zeroskip.ir.facts import Statistics
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.patterns import SparsityPattern, Unstructured, parse_pattern, pruned_count
 from zeroskip.ir.program import Program
 from zeroskip.ir.selection import check_selection, select_linears
 from zeroskip.ir.sensitivity import error_curve, outlier_share, output_errors
+from zeroskip.ir.statistics import Statistics
 from zeroskip.passes.base import Pass
 from zeroskip.passes.manager import PassManager
 from zeroskip.passes.observe import Observe

@@ -6,17 +6,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from zeroskip.ir.facts import (
-    EdgeStatistics,
-    Mask,
-    Masks,
-    ScoreMultipliers,
-    SparseWeights,
-    Statistics,
-)
+from zeroskip.ir.facts import Mask, Masks, SparseWeights
 from zeroskip.ir.linears import find_linears, masked_sources
 from zeroskip.ir.program import Program
 from zeroskip.ir.pruning_error import output_error
+from zeroskip.ir.statistics import EdgeStatistics, ScoreMultipliers, Statistics
 from zeroskip.ir.weights import is_zero_outside, zero_outside
 from zeroskip.passes.base import Pass, Scope
 

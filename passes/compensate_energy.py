@@ -12,17 +12,11 @@ import torch
 
 from zeroskip.ir.distillation import OutputDivergence
 from zeroskip.ir.errors import CalibrationError, CompileError
-from zeroskip.ir.facts import (
-    Mask,
-    Masks,
-    QuantizedValues,
-    ScoreMultipliers,
-    SparseWeights,
-    Statistics,
-)
+from zeroskip.ir.facts import Mask, Masks, QuantizedValues, SparseWeights
 from zeroskip.ir.linears import Linear, find_linears, masked_sources
 from zeroskip.ir.program import Program
 from zeroskip.ir.scaled_linear import stacked_weights
+from zeroskip.ir.statistics import ScoreMultipliers, Statistics
 from zeroskip.ir.weight_energy import Compensated, Compensation, Correction, restore_energy
 from zeroskip.ir.weights import all_finite
 from zeroskip.passes.base import Pass, Scope, bare

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from zeroskip.ir.errors import CompileError
-from zeroskip.ir.facts import Statistics
 from zeroskip.ir.folding import FoldedScales, check_scales, find_group, fold_groups
 from zeroskip.ir.program import Batch, Program
 from zeroskip.ir.scale_groups import ScaleGroup, ScaleGroups
+from zeroskip.ir.statistics import Statistics
 from zeroskip.passes.base import TOLERANCES, relative_drift
 
 # Powers of two do not round, so outputs do not move at all, but for sums that are reordered and

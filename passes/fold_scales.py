@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 import torch
 
 from zeroskip.ir.errors import CompileError, RequirementError
-from zeroskip.ir.facts import Statistics
 from zeroskip.ir.folding import FoldedScales, check_scales, find_group, unfolded
 from zeroskip.ir.linears import Linear, find_linears
 from zeroskip.ir.program import Program
 from zeroskip.ir.scale_groups import ScaleGroup, ScaleGroups
 from zeroskip.ir.selection import check_selection, select_linears
+from zeroskip.ir.statistics import Statistics
 from zeroskip.passes.base import Pass, Scope
 from zeroskip.passes.exact_folding import fold_exactly
 from zeroskip.passes.pattern_pass import next_unmoved_by_scales

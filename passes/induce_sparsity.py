@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from zeroskip.ir.errors import CompileError, PatternError
-from zeroskip.ir.facts import Statistics
 from zeroskip.ir.folding import FoldedScales
 from zeroskip.ir.induction import Induced, Objective, Outcome
 from zeroskip.ir.initial_scales import from_median_and_mean, means
@@ -20,6 +19,7 @@ from zeroskip.ir.scale_groups import ScaleGroup, ScaleGroups
 from zeroskip.ir.scaled_linear import scales_rows_and_columns
 from zeroskip.ir.selection import check_selection, select_linears
 from zeroskip.ir.shift_folding import fold_shift, why_not_shifted
+from zeroskip.ir.statistics import Statistics
 from zeroskip.passes.base import Pass, Scope
 from zeroskip.passes.exact_folding import Reference, fold_exactly, tolerance
 from zeroskip.passes.observe import Observe

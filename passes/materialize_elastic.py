@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from zeroskip.ir.elastic import Elastic
-from zeroskip.ir.facts import Mask, Masks, ScoreMultipliers, SparseWeights, Statistics
+from zeroskip.ir.facts import Mask, Masks, SparseWeights
 from zeroskip.ir.linears import find_linears
 from zeroskip.ir.program import Program
 from zeroskip.ir.scaled_linear import stacked_weights
+from zeroskip.ir.statistics import ScoreMultipliers, Statistics
 from zeroskip.ir.weights import pack_bits
 from zeroskip.passes.base import Pass
 

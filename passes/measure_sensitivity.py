@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from zeroskip.ir.budgets import Measurements
 from zeroskip.ir.errors import CalibrationError, PatternError
-from zeroskip.ir.facts import Statistics
 from zeroskip.ir.patterns import SparsityPattern, Unstructured, parse_pattern
 from zeroskip.ir.program import Program
 from zeroskip.ir.selection import check_selection, select_linears
 from zeroskip.ir.sensitivity import pattern_errors
+from zeroskip.ir.statistics import Statistics
 from zeroskip.passes.base import Scope
 from zeroskip.passes.manager import PassManager
 from zeroskip.passes.observe import Observe

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from zeroskip.ir.facts import Statistics
 from zeroskip.ir.observers import insert_observers, read_observers, run_observed
 from zeroskip.ir.program import Program
 from zeroskip.ir.selection import check_selection, select_linears
+from zeroskip.ir.statistics import Statistics
 from zeroskip.passes.base import Pass, Scope
 
 

@@ -11,11 +11,11 @@ import torch
 
 from zeroskip.ir.budgets import Budgets
 from zeroskip.ir.errors import CompileError, PatternError
-from zeroskip.ir.facts import EdgeStatistics, ScoreMultipliers
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.patterns import SparsityPattern, Unstructured, parse_pattern
 from zeroskip.ir.program import Program
 from zeroskip.ir.selection import check_selection, select_linears
+from zeroskip.ir.statistics import EdgeStatistics, ScoreMultipliers
 from zeroskip.ir.weights import all_finite
 from zeroskip.passes.base import Pass, Scope
 

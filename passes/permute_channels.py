@@ -16,11 +16,12 @@ from zeroskip.ir.channel_permutation import (
     columns_after,
 )
 from zeroskip.ir.errors import PatternError, RecipeError
-from zeroskip.ir.facts import Lowered, Masks, QuantizedValues, Roles, SparseWeights, Statistics
+from zeroskip.ir.facts import Lowered, Masks, QuantizedValues, Roles, SparseWeights
 from zeroskip.ir.formats import Rounded
 from zeroskip.ir.patterns import NM, SparsityPattern, parse_pattern
 from zeroskip.ir.program import Program
 from zeroskip.ir.selection import check_selection, select_linears
+from zeroskip.ir.statistics import Statistics
 from zeroskip.ir.weights import Masked
 from zeroskip.passes.base import Pass, Scope
 from zeroskip.passes.exact_permutation import permute_exactly

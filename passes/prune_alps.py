@@ -8,10 +8,10 @@ import torch
 
 from zeroskip.ir.admm import sparse_weight
 from zeroskip.ir.errors import CompileError
-from zeroskip.ir.facts import Statistics
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.patterns import SparsityPattern
 from zeroskip.ir.program import Program
+from zeroskip.ir.statistics import Statistics
 from zeroskip.ir.support_refinement import refine_on_support
 from zeroskip.ir.weights import all_finite
 from zeroskip.passes.updating_pruner import UpdatingPruner

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from zeroskip.ir.errors import RecipeError
-from zeroskip.ir.facts import Statistics
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.program import Program
+from zeroskip.ir.statistics import Statistics
 from zeroskip.passes.pruner import Pruner
 
 

@@ -8,12 +8,13 @@ from functools import lru_cache
 import torch
 
 from zeroskip.ir.errors import CompileError, RequirementError
-from zeroskip.ir.facts import Mask, Masks, Statistics
+from zeroskip.ir.facts import Mask, Masks
 from zeroskip.ir.input_divisors import input_divisors
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.optimal_surgery import HessianRoot, hessian_root, prune_columns
 from zeroskip.ir.patterns import NM, SparsityPattern, Unstructured, parse_pattern
 from zeroskip.ir.program import Program
+from zeroskip.ir.statistics import Statistics
 from zeroskip.passes.updating_pruner import UpdatingPruner
 
 

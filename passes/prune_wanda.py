@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from zeroskip.ir.facts import Statistics
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.patterns import NM, Unstructured, parse_pattern
 from zeroskip.ir.program import Program
+from zeroskip.ir.statistics import Statistics
 from zeroskip.passes.pruner import Pruner
 
 

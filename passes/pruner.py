@@ -11,10 +11,11 @@ import torch
 
 from zeroskip.ir import process_group
 from zeroskip.ir.errors import CompileError
-from zeroskip.ir.facts import Mask, Masks, ScoreMultipliers, Statistics
+from zeroskip.ir.facts import Mask, Masks
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.program import Program
 from zeroskip.ir.selection import select_linears
+from zeroskip.ir.statistics import ScoreMultipliers, Statistics
 from zeroskip.ir.weights import all_finite, pack_bits
 from zeroskip.passes.pattern_pass import PatternPass, saw_too_little, warn_of_few_tokens
 

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from zeroskip.ir.errors import CompileError, RecipeError
-from zeroskip.ir.facts import QuantizedValues, SparseWeights, Statistics
+from zeroskip.ir.facts import QuantizedValues, SparseWeights
 from zeroskip.ir.formats import (
     VALUE_TYPES,
     Rounded,
@@ -24,6 +24,7 @@ from zeroskip.ir.formats import (
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.program import Program
 from zeroskip.ir.selection import check_selection, select_linears
+from zeroskip.ir.statistics import Statistics
 from zeroskip.ir.weights import Source, all_finite
 from zeroskip.passes.base import Pass, Scope
 

@@ -8,11 +8,12 @@ import torch
 
 from zeroskip.ir.biases import ShiftedBiases
 from zeroskip.ir.errors import CompileError, PatternError
-from zeroskip.ir.facts import Mask, Masks, SparseWeights, Statistics
+from zeroskip.ir.facts import Mask, Masks, SparseWeights
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.patterns import NM, Block
 from zeroskip.ir.program import Program
 from zeroskip.ir.selection import check_selection, select_linears
+from zeroskip.ir.statistics import Statistics
 from zeroskip.ir.weight_swaps import Moments, best_counts, propose_swaps
 from zeroskip.ir.weights import pack_bits
 from zeroskip.passes.base import Pass, Scope

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 import torch
 
-from zeroskip.ir.facts import EdgeStatistics, Statistics
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.program import Program
 from zeroskip.ir.scale_groups import Consumer, ScaleGroup
+from zeroskip.ir.statistics import EdgeStatistics, Statistics
 
 Seen = list[tuple[Consumer, EdgeStatistics]]
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 
 from zeroskip.ir.errors import CompileError, PatternError, RecipeError
-from zeroskip.ir.facts import EdgeStatistics, ScoreMultipliers, Statistics, Steering
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.observers import insert_observers, read_observers
 from zeroskip.ir.patterns import NM, SparsityPattern, Unstructured, parse_pattern
 from zeroskip.ir.program import Program
 from zeroskip.ir.selection import check_selection, select_linears
+from zeroskip.ir.statistics import EdgeStatistics, ScoreMultipliers, Statistics, Steering
 from zeroskip.ir.weights import zero_outside
 from zeroskip.passes.base import Pass, Scope
 from zeroskip.passes.pruner import Pruner

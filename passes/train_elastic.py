@@ -33,11 +33,12 @@ from zeroskip.ir.elastic_training import (
     train_elastic,
 )
 from zeroskip.ir.errors import CompileError, PatternError, RecipeError, RequirementError
-from zeroskip.ir.facts import EdgeStatistics, SparseWeights, Statistics
+from zeroskip.ir.facts import SparseWeights
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.program import Batch, Program
 from zeroskip.ir.selection import check_selection, select_linears
 from zeroskip.ir.sparse_training import split
+from zeroskip.ir.statistics import EdgeStatistics, Statistics
 from zeroskip.ir.weights import all_finite
 from zeroskip.passes.base import Pass, Scope
 from zeroskip.passes.observe import Observe

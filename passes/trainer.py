@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from zeroskip.ir.facts import Mask, ScoreMultipliers, SparseWeights, Statistics
+from zeroskip.ir.facts import Mask, SparseWeights
 from zeroskip.ir.program import Program
 from zeroskip.ir.reconstruction import Outcomes, Reconstruction
 from zeroskip.ir.selection import check_selection, select_linears
 from zeroskip.ir.sparse_training import Loss, Schedule, TrainedParameters, split, train
+from zeroskip.ir.statistics import ScoreMultipliers, Statistics
 from zeroskip.passes.base import Pass
 
 

@@ -10,13 +10,14 @@ import torch
 
 from zeroskip.ir import process_group
 from zeroskip.ir.errors import CompileError
-from zeroskip.ir.facts import Mask, Masks, ScoreMultipliers, SparseWeights, Statistics
+from zeroskip.ir.facts import Mask, Masks, SparseWeights
 from zeroskip.ir.linears import Linear
 from zeroskip.ir.patterns import SparsityPattern
 from zeroskip.ir.program import Program
 from zeroskip.ir.pruning_error import output_error
 from zeroskip.ir.scaled_linear import stacked_weights
 from zeroskip.ir.selection import select_linears
+from zeroskip.ir.statistics import ScoreMultipliers, Statistics
 from zeroskip.ir.weights import all_finite, pack_bits, zero_outside
 from zeroskip.passes.pattern_pass import PatternPass, saw_too_little, warn_of_few_tokens
 

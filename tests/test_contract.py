@@ -16,9 +16,10 @@ from torch import fx
 
 from tests.small import SMALL, small_program
 from zeroskip.ir.errors import CompileError, EquivalenceError, RequirementError, VerifyError
-from zeroskip.ir.facts import Masks, SparseWeights, Statistics, same_facts
+from zeroskip.ir.facts import Masks, SparseWeights, same_facts
 from zeroskip.ir.printer import print_program
 from zeroskip.ir.program import Program, attribute
+from zeroskip.ir.statistics import Statistics
 from zeroskip.ir.verify import verify
 from zeroskip.passes import (
     PASSES,

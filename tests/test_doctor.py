@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from zeroskip import cli, doctor
 from zeroskip.ir.errors import KernelLibraryError
@@ -46,6 +48,23 @@ def test_a_machine_on_which_the_kernels_work(
     assert code == 0
     for expected in ("kernel library", "takes the library", found["processor"].split()[0]):
         assert expected in out
+
+
+def test_what_was_built_and_does_not_serve_here_is_said() -> None:
+    found = doctor.examine()
+    found.build = {"groups": ["avx2", "avx512", "amx"], "compiler": "c++"}
+    for sets, said in (
+        (["avx2", "portable"], "avx512, amx: this"),
+        (["avx512", "avx2"], "amx: this"),
+    ):
+        found.instruction_sets = sets
+        console = Console(width=200, record=True, file=io.StringIO())
+        console.print(doctor.findings_table(found))
+        assert said in console.export_text()
+    found.build, found.instruction_sets = {"groups": ["neon_dotprod"]}, ["neon", "portable"]
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(doctor.findings_table(found))
+    assert "not used" not in console.export_text()
 
 
 @pytest.fixture

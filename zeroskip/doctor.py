@@ -109,6 +109,10 @@ def findings_table(found: Examination) -> Table:
         built = ", ".join(["portable", *found.build.get("groups", ())])
         unknown = f"; unknown to the compiler: {left_out}" if left_out else ""
         row("built", f"{built}{unknown}, by {found.build.get('compiler')}")
+        sets = tuple(found.instruction_sets)
+        idle = [name for name in found.build.get("groups", ()) if not name.startswith(sets)]
+        if idle and sets:
+            row("not used", f"{', '.join(idle)}: this processor or its system does not have them")
     for name, kernels in found.kernels.items():
         row(f"{name} kernels", ", ".join(f"{kernels[m]} (M={m})" for m in kernels))
     if found.worst_error is not None:

@@ -12,23 +12,20 @@ import torch
 from zeroskip.ir import facts as module
 from zeroskip.ir.errors import RequirementError
 from zeroskip.ir.facts import (
-    EdgeStatistics,
     Fact,
     Lowered,
     Mask,
     Masks,
     QuantizedValues,
     Roles,
-    ScoreMultipliers,
     SparseWeights,
-    Statistics,
-    Steering,
     same_facts,
 )
 from zeroskip.ir.formats import Rounded, ValueFormat
 from zeroskip.ir.linears import find_linears, masked_sources
 from zeroskip.ir.patterns import NM, SparsityPattern, Unstructured
 from zeroskip.ir.program import Program
+from zeroskip.ir.statistics import EdgeStatistics, ScoreMultipliers, Statistics, Steering
 from zeroskip.ir.weights import pack_bits
 
 NAMES = ["up.weight", "mix.weight", "head.weight"]

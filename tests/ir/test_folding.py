@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 
 from zeroskip.ir.capture import capture
 from zeroskip.ir.errors import CompileError
-from zeroskip.ir.facts import EdgeStatistics, Statistics
 from zeroskip.ir.folding import (
     Fold,
     FoldedScales,
@@ -26,6 +25,7 @@ from zeroskip.ir.folding import (
 )
 from zeroskip.ir.program import Program
 from zeroskip.ir.scale_groups import Consumer, Member, ScaleGroup, ScaleGroups, find_scale_groups
+from zeroskip.ir.statistics import EdgeStatistics, Statistics
 from zeroskip.ir.weights import InMemory, Masked, OnDisk, pack_bits
 
 

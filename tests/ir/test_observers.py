@@ -15,10 +15,10 @@ from transformers.pytorch_utils import Conv1D
 from tests.zoo import ZOO, Inputs
 from zeroskip.ir.capture import cache_disabled, capture
 from zeroskip.ir.errors import CalibrationError
-from zeroskip.ir.facts import EdgeStatistics, Statistics
 from zeroskip.ir.linears import find_linears
 from zeroskip.ir.observers import Observer, insert_observers, read_observers
 from zeroskip.ir.program import Program
+from zeroskip.ir.statistics import EdgeStatistics, Statistics
 from zeroskip.ir.verify import verify
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from zeroskip.ir.facts import EdgeStatistics
 from zeroskip.ir.pruning_error import (
     BINS,
     REACH,
@@ -17,6 +16,7 @@ from zeroskip.ir.pruning_error import (
     root_mean_square,
     sample_weights,
 )
+from zeroskip.ir.statistics import EdgeStatistics
 
 
 def edge(x: torch.Tensor, gram: bool) -> EdgeStatistics:

@@ -8,9 +8,10 @@ import torch
 import transformers
 
 from zeroskip.ir.capture import capture
-from zeroskip.ir.facts import Roles, SparseWeights, Statistics
+from zeroskip.ir.facts import Roles, SparseWeights
 from zeroskip.ir.linears import find_linears
 from zeroskip.ir.partition import find_stages
+from zeroskip.ir.statistics import Statistics
 from zeroskip.passes import ApplyMasks, Observe, PassManager, PruneWanda
 
 

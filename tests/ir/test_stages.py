@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from tests.zoo import ZOO
 from zeroskip.ir.capture import capture
-from zeroskip.ir.facts import EdgeStatistics, Roles, Statistics
+from zeroskip.ir.facts import Roles
 from zeroskip.ir.linears import find_linears
 from zeroskip.ir.partition import find_stages
 from zeroskip.ir.program import Batch, Program
 from zeroskip.ir.stages import extract_stage, merge_facts, stitch_stages
+from zeroskip.ir.statistics import EdgeStatistics, Statistics
 from zeroskip.ir.verify import verify
 
 

@@ -24,10 +24,11 @@ from tests.zoo import GROUPED, ZOO, randomize
 from zeroskip import compile_sparse
 from zeroskip.ir.budgets import Budgets, Measurements
 from zeroskip.ir.errors import CalibrationError, CompileError, PatternError, RecipeError
-from zeroskip.ir.facts import Masks, SparseWeights, Statistics, same_facts
+from zeroskip.ir.facts import Masks, SparseWeights, same_facts
 from zeroskip.ir.linears import find_linears
 from zeroskip.ir.patterns import pruned_count
 from zeroskip.ir.program import Program
+from zeroskip.ir.statistics import Statistics
 from zeroskip.passes import (
     AllocateSparsity,
     ApplyMasks,

@@ -9,9 +9,10 @@ import torch
 
 from tests.small import SMALL, small_model, small_program
 from zeroskip.ir.errors import CompileError
-from zeroskip.ir.facts import Masks, SparseWeights, Statistics
+from zeroskip.ir.facts import Masks, SparseWeights
 from zeroskip.ir.linears import find_linears
 from zeroskip.ir.patterns import NM
+from zeroskip.ir.statistics import Statistics
 from zeroskip.passes import ApplyMasks, Observe, Pass, PassManager, PruneMagnitude, PruneWanda
 
 

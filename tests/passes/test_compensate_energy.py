@@ -15,10 +15,11 @@ from tests.kept_traces import capture_once as capture
 from tests.small import small_program
 from tests.zoo import ZOO
 from zeroskip.ir.errors import CalibrationError, CompileError, RecipeError, RequirementError
-from zeroskip.ir.facts import Mask, Masks, SparseWeights, Statistics
+from zeroskip.ir.facts import Mask, Masks, SparseWeights
 from zeroskip.ir.linears import Linear, find_linears
 from zeroskip.ir.patterns import parse_pattern
 from zeroskip.ir.program import Program
+from zeroskip.ir.statistics import Statistics
 from zeroskip.ir.weight_energy import Compensated
 from zeroskip.ir.weights import pack_bits
 from zeroskip.passes import (

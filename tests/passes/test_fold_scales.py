@@ -18,12 +18,13 @@ from tests.small import small_model, small_program
 from tests.zoo import VOCABULARY, ZOO, randomize
 from zeroskip import compile_sparse
 from zeroskip.ir.errors import CompileError, RequirementError
-from zeroskip.ir.facts import Masks, SparseWeights, Statistics
+from zeroskip.ir.facts import Masks, SparseWeights
 from zeroskip.ir.folding import FoldedScales, Scaled
 from zeroskip.ir.linears import find_linears
 from zeroskip.ir.program import Program
 from zeroskip.ir.scale_groups import ScaleGroups
 from zeroskip.ir.selection import select_linears
+from zeroskip.ir.statistics import Statistics
 from zeroskip.ir.weights import Masked, OnDisk
 from zeroskip.passes import (
     ApplyMasks,

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from zeroskip.ir.capture import capture
-from zeroskip.ir.facts import Statistics
 from zeroskip.ir.folding import FoldedScales
 from zeroskip.ir.program import Program
 from zeroskip.ir.scale_equations import raised
 from zeroskip.ir.scale_groups import ScaleGroup, ScaleGroups
+from zeroskip.ir.statistics import Statistics
 from zeroskip.passes import FindScaleGroups, FoldScales, InduceSparsity, Observe
 from zeroskip.passes.base import measure_drift
 

@@ -15,7 +15,6 @@ from tests.kept_traces import capture_once as capture
 from tests.small import small_program
 from tests.zoo import ZOO
 from zeroskip.ir.errors import CalibrationError, CompileError, PatternError
-from zeroskip.ir.facts import Statistics
 from zeroskip.ir.folding import FoldedScales, fold_groups
 from zeroskip.ir.induction import Induced, Induction, Objective
 from zeroskip.ir.linears import find_linears
@@ -28,6 +27,7 @@ from zeroskip.ir.score_refresh import refreshed_diagonal, refreshed_scores
 from zeroskip.ir.selection import select_linears
 from zeroskip.ir.shift_folding import fold_shift, why_not_shifted
 from zeroskip.ir.stage_error import StageError
+from zeroskip.ir.statistics import Statistics
 from zeroskip.ir.straight_through import find_thresholds, straight_through
 from zeroskip.passes import (
     ApplyMasks,

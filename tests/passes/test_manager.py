@@ -13,11 +13,12 @@ import torch
 from tests.passes import references
 from tests.zoo import ZOO
 from zeroskip.ir.errors import CompileError, EquivalenceError
-from zeroskip.ir.facts import Lowered, Mask, SparseWeights, Statistics
+from zeroskip.ir.facts import Lowered, Mask, SparseWeights
 from zeroskip.ir.partition import find_stages
 from zeroskip.ir.printer import print_program
 from zeroskip.ir.program import Program
 from zeroskip.ir.rewrite import Editor, RewriteRule, apply_rules
+from zeroskip.ir.statistics import Statistics
 from zeroskip.passes import (
     ApplyMasks,
     DumpPrograms,

@@ -10,10 +10,10 @@ from torch import nn
 
 from tests.small import SMALL, small_model, small_program
 from zeroskip.ir.errors import CalibrationError, CompileError
-from zeroskip.ir.facts import Statistics
 from zeroskip.ir.linears import find_linears
 from zeroskip.ir.printer import print_program
 from zeroskip.ir.program import Program
+from zeroskip.ir.statistics import Statistics
 from zeroskip.passes import Observe, PassManager
 
 

@@ -16,9 +16,9 @@ from tests.kept_traces import capture_once as capture
 from tests.processes import run_processes
 from tests.zoo import ZOO
 from zeroskip.ir import process_group
-from zeroskip.ir.facts import Statistics
 from zeroskip.ir.program import Program
 from zeroskip.ir.stage_files import StageFiles
+from zeroskip.ir.statistics import Statistics
 from zeroskip.passes import (
     AllocateSparsity,
     ApplyMasks,

@@ -17,12 +17,13 @@ from tests.zoo import ZOO
 from zeroskip.ir.channel_groups import ChannelGroups, find_channel_groups
 from zeroskip.ir.channel_permutation import PermutedChannels, Reordered, permute_channels
 from zeroskip.ir.errors import CompileError, PatternError, RecipeError
-from zeroskip.ir.facts import Masks, ScoreMultipliers, SparseWeights, Statistics, Steering
+from zeroskip.ir.facts import Masks, SparseWeights
 from zeroskip.ir.folding import FoldedScales
 from zeroskip.ir.linears import find_linears
 from zeroskip.ir.patterns import NM
 from zeroskip.ir.program import Program
 from zeroskip.ir.scale_groups import ScaleGroups
+from zeroskip.ir.statistics import ScoreMultipliers, Statistics, Steering
 from zeroskip.ir.weights import OnDisk
 from zeroskip.passes import (
     ApplyMasks,

@@ -17,10 +17,11 @@ from zeroskip.ir.admm import sparse_weight
 from zeroskip.ir.budgets import Budgets
 from zeroskip.ir.capture import capture
 from zeroskip.ir.errors import CompileError, PatternError, RecipeError, RequirementError
-from zeroskip.ir.facts import EdgeStatistics, Masks, SparseWeights, Statistics
+from zeroskip.ir.facts import Masks, SparseWeights
 from zeroskip.ir.linears import find_linears
 from zeroskip.ir.patterns import parse_pattern
 from zeroskip.ir.program import Program
+from zeroskip.ir.statistics import EdgeStatistics, Statistics
 from zeroskip.passes import ApplyMasks, Observe, PassManager, PruneALPS, PruneWanda
 
 PATTERNS = ("50%", "70%", "50% matrix", "2:4", "1:4", "3:7 pad", "block:3x4:0.5")

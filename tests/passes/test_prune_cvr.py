@@ -13,8 +13,9 @@ from tests.passes import references
 from tests.small import small_model, small_program
 from zeroskip.ir.capture import capture
 from zeroskip.ir.errors import CompileError, PatternError, RecipeError, RequirementError
-from zeroskip.ir.facts import Masks, Statistics
+from zeroskip.ir.facts import Masks
 from zeroskip.ir.program import Program
+from zeroskip.ir.statistics import Statistics
 from zeroskip.passes import Observe, PassManager, PruneCVR
 
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from tests.passes import references
 from tests.small import small_program
 from zeroskip.ir.errors import CompileError, PatternError, RequirementError
-from zeroskip.ir.facts import EdgeStatistics, Masks, Statistics
+from zeroskip.ir.facts import Masks
 from zeroskip.ir.linears import find_linears
 from zeroskip.ir.patterns import parse_pattern
 from zeroskip.ir.program import Program
+from zeroskip.ir.statistics import EdgeStatistics, Statistics
 from zeroskip.passes import ApplyMasks, FoldScales, Observe, PassManager, PruneMagnitude, PruneRIA
 from zeroskip.passes.prune_ria import relative_importance
 

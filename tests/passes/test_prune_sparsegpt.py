@@ -17,11 +17,12 @@ from zeroskip.ir import optimal_surgery
 from zeroskip.ir.budgets import Budgets
 from zeroskip.ir.capture import capture
 from zeroskip.ir.errors import CompileError, PatternError, RecipeError, RequirementError
-from zeroskip.ir.facts import EdgeStatistics, Mask, Masks, SparseWeights, Statistics
+from zeroskip.ir.facts import Mask, Masks, SparseWeights
 from zeroskip.ir.linears import find_linears
 from zeroskip.ir.optimal_surgery import hessian_root, prune_columns
 from zeroskip.ir.patterns import parse_pattern
 from zeroskip.ir.program import Program
+from zeroskip.ir.statistics import EdgeStatistics, Statistics
 from zeroskip.ir.weights import pack_bits
 from zeroskip.passes import (
     ApplyMasks,

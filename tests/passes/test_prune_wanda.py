@@ -16,9 +16,10 @@ from tests.small import small_program
 from tests.zoo import ZOO
 from zeroskip import calibration_from_text, compile_sparse
 from zeroskip.ir.errors import CalibrationError, CompileError, PatternError, RequirementError
-from zeroskip.ir.facts import EdgeStatistics, Masks, SparseWeights, Statistics
+from zeroskip.ir.facts import Masks, SparseWeights
 from zeroskip.ir.linears import find_linears
 from zeroskip.ir.program import Program
+from zeroskip.ir.statistics import EdgeStatistics, Statistics
 from zeroskip.passes import ApplyMasks, Observe, PassManager, PruneWanda
 
 REAL = Path(__file__).parents[2] / "models" / "smollm2-135m-instruct"

@@ -12,9 +12,10 @@ from tests.passes import references
 from tests.small import small_model, small_program
 from zeroskip.ir.capture import capture
 from zeroskip.ir.errors import CompileError, PatternError, RecipeError, RequirementError
-from zeroskip.ir.facts import EdgeStatistics, Masks, Statistics
+from zeroskip.ir.facts import Masks
 from zeroskip.ir.patterns import parse_pattern
 from zeroskip.ir.program import Program
+from zeroskip.ir.statistics import EdgeStatistics, Statistics
 from zeroskip.passes import Observe, PassManager, PruneZ
 
 TOKENS = 64

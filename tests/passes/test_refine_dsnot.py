@@ -15,10 +15,11 @@ from tests.passes.references import keep_rows
 from tests.small import small_program
 from zeroskip.ir.capture import capture
 from zeroskip.ir.errors import CompileError, PatternError, RecipeError, RequirementError
-from zeroskip.ir.facts import EdgeStatistics, Mask, Masks, Statistics
+from zeroskip.ir.facts import Mask, Masks
 from zeroskip.ir.linears import find_linears
 from zeroskip.ir.patterns import parse_pattern
 from zeroskip.ir.program import Program
+from zeroskip.ir.statistics import EdgeStatistics, Statistics
 from zeroskip.ir.weight_swaps import Moments, best_counts, propose_swaps
 from zeroskip.ir.weights import pack_bits
 from zeroskip.passes import (

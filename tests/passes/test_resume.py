@@ -20,12 +20,13 @@ from tests.zoo import ZOO
 from zeroskip.ir import facts as facts_module
 from zeroskip.ir.errors import ArtifactError
 from zeroskip.ir.fact_files import CLASSES, FACTS, Decoder, Encoder, NotStorableError
-from zeroskip.ir.facts import EdgeStatistics, Fact, Statistics, same_facts
+from zeroskip.ir.facts import Fact, same_facts
 from zeroskip.ir.graph_files import decode_graph
 from zeroskip.ir.patterns import NM, SparsityPattern
 from zeroskip.ir.printer import print_program
 from zeroskip.ir.program import Program
 from zeroskip.ir.stage_files import StageFiles
+from zeroskip.ir.statistics import EdgeStatistics, Statistics
 from zeroskip.passes import (
     AllocateSparsity,
     ApplyMasks,

@@ -13,10 +13,11 @@ from tests.passes.references import keep
 from tests.small import SMALL, small_program
 from tests.zoo import ZOO
 from zeroskip.ir.errors import PatternError, RecipeError, RequirementError
-from zeroskip.ir.facts import Masks, ScoreMultipliers, Statistics, Steering
+from zeroskip.ir.facts import Masks
 from zeroskip.ir.linears import find_linears
 from zeroskip.ir.patterns import parse_pattern
 from zeroskip.ir.program import Program
+from zeroskip.ir.statistics import ScoreMultipliers, Statistics, Steering
 from zeroskip.passes import (
     ApplyMasks,
     Observe,

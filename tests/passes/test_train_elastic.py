@@ -20,10 +20,11 @@ from zeroskip.ir.errors import (
     RecipeError,
     RequirementError,
 )
-from zeroskip.ir.facts import SparseWeights, Statistics
+from zeroskip.ir.facts import SparseWeights
 from zeroskip.ir.linears import find_linears
 from zeroskip.ir.patterns import NM, Unstructured
 from zeroskip.ir.program import Program
+from zeroskip.ir.statistics import Statistics
 from zeroskip.passes import ApplyMasks, Observe, PassManager, PruneMagnitude, PruneWanda
 from zeroskip.passes.materialize_elastic import MaterializeElastic
 from zeroskip.passes.train_elastic import TrainElastic
