@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from zeroskip.ir import facts as module
+from zeroskip.ir import facts, statistics
 from zeroskip.ir.errors import RequirementError
 from zeroskip.ir.facts import (
     Fact,
@@ -79,6 +79,7 @@ def true_facts(sparse: Program) -> list[Fact]:
 def test_every_kind_of_fact_is_tested(true_facts: list[Fact]) -> None:
     kinds = {
         value
+        for module in (facts, statistics)
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, Fact) and value is not Fact
     }
