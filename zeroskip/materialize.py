@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from zeroskip.compile import materialize
-from zeroskip.elastic_manifest import CHECKPOINT, MANIFEST_FILE, Manifest
+from zeroskip.elastic_manifest import CHECKPOINT, Manifest
 from zeroskip.elastic_record import packing
 from zeroskip.ir.elastic import Elastic
 from zeroskip.ir.errors import PatternError
 from zeroskip.ir.folders import new_folder
 from zeroskip.ir.program import Program
 from zeroskip.manifest import write_manifest
-from zeroskip.manifest_inputs import read_inputs, way_back
+from zeroskip.manifest_inputs import InputFile, name_of, way_back
 from zeroskip.passes import ExportOnnx, MaterializeElastic
 from zeroskip.passes.base import Pass
 from zeroskip.recipe import dump_recipe
@@ -66,6 +66,11 @@ def write_materialized(
         CompileError: A model cannot be made or exported, or the folder cannot be written.
     """
     reports = []
+    # Hashed when the artefact was opened. Not elastic.json itself, which `curve` may add to.
+    inputs = [
+        InputFile("model", name_of(artefact / name), entry.bytes, entry.sha256)
+        for name, entry in manifest.files.items()
+    ]
     with new_folder(out) as folder:
         for sparsity in sparsities:
             name = "" if len(sparsities) == 1 else repr(float(sparsity))
@@ -91,7 +96,7 @@ def write_materialized(
                 there,
                 compiled.program,
                 report,
-                inputs=read_inputs("model", artefact / MANIFEST_FILE),
+                inputs=inputs,
                 inputs_from=way_back(out / name),
                 recipe=MaterializeElastic.name,
                 seed=0,
