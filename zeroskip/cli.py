@@ -72,9 +72,9 @@ def export_command(
             )
             fail(problem, REFUSED)
         with refusing_inputs():
-            from zeroskip.runtime.onnx.stored_linears import stored_linears
+            from zeroskip.runtime.onnx.stored_linears import check_readable
 
-            stored_linears(source / MODEL_FILE)
+            check_readable(source / MODEL_FILE)
         count = export_dense(source, out)
         _exported(out, f"{count} packed linears are dense in {out}", as_json, unpacked=count)
         return
@@ -185,7 +185,7 @@ def tune_command(
     """
     with refusing_inputs():
         from zeroskip.runtime.onnx.folder import MODEL_FILE
-        from zeroskip.runtime.onnx.stored_linears import stored_linears
+        from zeroskip.runtime.onnx.stored_linears import check_readable
         from zeroskip.tune import (
             parse_m,
             progress_bar,
@@ -201,7 +201,7 @@ def tune_command(
                 where=str(directory),
                 next_step="pass the folder that the ONNX export wrote",
             )
-        stored_linears(directory / MODEL_FILE)
+        check_readable(directory / MODEL_FILE)
     from zeroskip.manifest_changes import recording
     from zeroskip.runtime.machine import available_cores
     from zeroskip.runtime.onnx.tune import tune_folder

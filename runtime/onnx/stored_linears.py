@@ -56,11 +56,32 @@ def stored_linears(path: Path) -> list[StoredLinear]:
         return list(_linears(model.graph))
     # Parsers raise errors of their own, derived from nothing more specific.
     except Exception as error:
-        raise ArtifactError(
-            f"the model cannot be read: {error}",
-            where=str(path),
-            next_step="the file may be truncated or its .data file missing; export it again",
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def check_readable(path: Path) -> None:
+    """Checks that a file can be parsed and that its data is all there; reads no weight.
+
+    Raises:
+        ArtifactError: It is not so.
+    """
+    try:
+        for value in onnx_ir.load(path).graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, onnx_ir.ExternalTensor):
+                end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+                if Path(tensor.path).stat().st_size < end:
+                    raise ValueError(f"{tensor.location} is cut short")
+    except Exception as error:  # As in `stored_linears`.
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ArtifactError:
+    return ArtifactError(
+        f"the model cannot be read: {error}",
+        where=str(path),
+        next_step="the file may be truncated or its .data file missing; export it again",
+    )
 
 
 def _linears(graph: onnx_ir.Graph) -> Iterator[StoredLinear]:

@@ -143,6 +143,16 @@ def test_rows_that_are_none(folder: Path, m: str, capsys: pytest.CaptureFixture[
 def test_a_damaged_model_is_refused(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    model = onnx.load(folder / "model.onnx")
+    outside = {"save_as_external_data": True, "location": "model.onnx.data", "size_threshold": 0}
+    onnx.save(model, folder / "model.onnx", **outside)
+    data = folder / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[:-8])
+    code, _, err = run(capsys, "tune", folder)
+    assert code == 2
+    assert "cut short" in err
+    data.unlink()
+    assert run(capsys, "tune", folder)[0] == 2
     (folder / "model.onnx").write_bytes(b"damaged")
     for command in (("tune", folder), ("export", folder, "--dense", "-o", tmp_path / "out")):
         code, _, err = run(capsys, *command)
