@@ -65,9 +65,8 @@ def main() -> None:
         training = [TrainElastic(groups=GROUPS, epochs=1)]
         elastic = compile_sparse(model, training, calibration=calibration)
     options = CalibrationOptions(arguments.samples, arguments.sequence_length)
-    elastic.at(
-        arguments.sparsities[0]
-    )  # What is done once, a change after the first has behind it.
+    # What is done once, a change after the first has behind it.
+    elastic.at(arguments.sparsities[0])
     rows: list[dict[str, Any]] = []
     for sparsity in arguments.sparsities:
         half = arguments.rounds // 2

@@ -72,7 +72,7 @@ def plot_perplexities(rows: Sequence[Row], path: Path) -> bool:
     texts = list(cells[0]["negative_log_likelihood"])
     methods = list(dict.fromkeys(row["method"] for row in cells if row["method"] != "dense"))
     figure = Figure(figsize=(6.5 * len(texts), 5.5), layout="constrained")
-    for axes, text in zip(figure.subplots(1, len(texts), squeeze=False).flat, texts, strict=True):
+    for axes, text in zip(_panels(figure, texts), texts, strict=True):
         for index, method in enumerate(methods):
             found = [row for row in cells if row["method"] == method]
             for is_grouped, marker in ((False, "o-"), (True, "x")):
@@ -90,11 +90,7 @@ def plot_perplexities(rows: Sequence[Row], path: Path) -> bool:
             if row["method"] == "dense":
                 level = math.exp(row["negative_log_likelihood"][text])
                 axes.axhline(level, color="black", linestyle=":", label="dense")
-        axes.set_title(text)
-        axes.set_xlabel("share of weights kept (crosses: N:M)")
-        axes.set_ylabel("perplexity")
-        axes.set_yscale("log")
-        axes.grid(alpha=0.3, which="both")
+        _label(axes, text, "share of weights kept (crosses: N:M)")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=9)
     figure.savefig(path, dpi=110)
@@ -117,7 +113,7 @@ def plot_elastic(rows: Sequence[Row], path: Path) -> bool:
         return False
     texts = list(rows[0]["log_perplexity"])
     figure = Figure(figsize=(6.5 * len(texts), 4.5), layout="constrained")
-    for axes, text in zip(figure.subplots(1, len(texts), squeeze=False).flat, texts, strict=True):
+    for axes, text in zip(_panels(figure, texts), texts, strict=True):
         for method in dict.fromkeys(row["method"] for row in rows):
             points = sorted(
                 (row["sparsity"], math.exp(row["log_perplexity"][text]))
@@ -125,11 +121,21 @@ def plot_elastic(rows: Sequence[Row], path: Path) -> bool:
                 if row["method"] == method
             )
             axes.plot(*zip(*points, strict=True), "o-", label=method, markersize=4)
-        axes.set_title(text)
-        axes.set_xlabel("share of weights pruned")
-        axes.set_ylabel("perplexity")
-        axes.set_yscale("log")
-        axes.grid(alpha=0.3, which="both")
+        _label(axes, text, "share of weights pruned")
     figure.axes[0].legend(fontsize=9)
     figure.savefig(path, dpi=110)
     return True
+
+
+def _panels(figure: Any, texts: Sequence[str]) -> Any:
+    """One pair of axes for each text, side by side."""
+    return figure.subplots(1, len(texts), squeeze=False).flat
+
+
+def _label(axes: Any, text: str, meaning: str) -> None:
+    """Perplexity of a text, on a scale of ratios, against something."""
+    axes.set_title(text)
+    axes.set_xlabel(meaning)
+    axes.set_ylabel("perplexity")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")

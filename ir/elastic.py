@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -153,10 +153,7 @@ class Elastic(Fact):
         used = adapters_of(self.group(sparsity), len(self.groups), self.hierarchy)
         if self.group(sparsity) == 0 and not linear.serves_lowest:
             used = range(0)
-        if not len(used):
-            return zero_outside(weight.float(), keep)
-        ups, downs = _stacked(linear.up, linear.down, used)
-        return zero_outside(torch.addmm(weight.float(), ups, downs), keep)
+        return zero_outside(adapted(weight, linear.up, linear.down, used), keep)
 
     def check(self, program: Program) -> str | None:
         shapes = {linear.name: linear.shape for linear in find_linears(program)}
@@ -242,23 +239,28 @@ def adapters_of(group: int, groups: int, hierarchy: Hierarchy) -> range:
     return range(groups) if hierarchy == "shared" else range(group, group + 1)
 
 
-def correction(up: torch.Tensor, down: torch.Tensor, used: Sequence[int]) -> torch.Tensor:
+def correction(up: torch.Tensor, down: torch.Tensor, used: range) -> torch.Tensor:
     """Returns the sum of up_i down_i, [out, in]; gradients flow.
 
     Args:
         up: [groups, out, rank].
         down: [groups, rank, in].
-        used: Which, one after another.
+        used: Which, one after another; of none the sum is zero.
     """
-    if not len(used):
-        return up.new_zeros(up.shape[1], down.shape[2])
     ups, downs = _stacked(up, down, used)
     return ups @ downs
 
 
+def adapted(
+    weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor, used: range
+) -> torch.Tensor:
+    """Returns a dense weight and its correction in one product, float32 [out, in]."""
+    return torch.addmm(weight.float(), *_stacked(up, down, used))
+
+
 def _stacked(
-    up: torch.Tensor, down: torch.Tensor, used: Sequence[int]
+    up: torch.Tensor, down: torch.Tensor, used: range
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The adapters that are used as one pair of matrices, [out, n rank] and [n rank, in]."""
-    first, last = used[0], used[-1] + 1
-    return up[first:last].movedim(0, 1).flatten(1), down[first:last].flatten(0, 1)
+    chosen = slice(used.start, used.stop)
+    return up[chosen].movedim(0, 1).flatten(1), down[chosen].flatten(0, 1)

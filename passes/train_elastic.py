@@ -16,8 +16,8 @@ from zeroskip.ir.elastic import (
     Elastic,
     ElasticLinear,
     Hierarchy,
+    adapted,
     adapters_of,
-    correction,
     rank_levels,
 )
 from zeroskip.ir.elastic_training import (
@@ -270,8 +270,7 @@ class TrainElastic(Pass):
             dense = linear.weight(program).detach()
             for group in range(len(self.groups)):
                 used = adapters_of(group, len(self.groups), self.hierarchy)
-                adapted = correction(found.up, found.down, used).add_(dense)
-                if not all_finite(adapted.to(dense.dtype)):
+                if not all_finite(adapted(dense, found.up, found.down, used).to(dense.dtype)):
                     raise CompileError(
                         f"training diverged: the weight of the group up to {self.groups[group]:g} "
                         f"is not finite in {str(dense.dtype).removeprefix('torch.')}",

@@ -45,8 +45,9 @@ def materialize_command(
 
     Give sparsities, or one budget: then a point of the recorded curve is taken (see `zeroskip
     curve`), never one between. OUT is an artefact as `zeroskip compile` writes it, with onnx/ where
-    --onnx is given; of several sparsities each has a folder named after it. OUT appears only when everything succeeded. In
-    onnx/, linears are packed where that pays in time; with --max-bytes all pruned ones are.
+    --onnx is given; of several sparsities each has a folder named after it. OUT appears only when
+    everything succeeded. In onnx/, linears are packed where that pays in time; with --max-bytes all
+    pruned ones are.
     """
     given = list(sparsity or ())
     budget = {

@@ -19,7 +19,7 @@ from zeroskip.manifest_inputs import InputFile, name_of, way_back
 from zeroskip.passes import ExportOnnx, MaterializeElastic
 from zeroskip.passes.base import Pass
 from zeroskip.recipe import dump_recipe
-from zeroskip.relocation import relocated
+from zeroskip.relocation import relocated, under
 from zeroskip.report_page import write_report_page
 
 
@@ -77,8 +77,8 @@ def write_materialized(
             there = folder / name
             exports: list[Pass] = []
             if onnx:
-                exports = [*packing(always=pack_always), ExportOnnx(there / "onnx")]
-            compiled = materialize(program, sparsity, exports)
+                exports = [*packing(always=pack_always), ExportOnnx("onnx")]
+            compiled = materialize(program, sparsity, [under(step, there) for step in exports])
             compiled.save_pretrained(there / CHECKPOINT)
             report = relocated(compiled.report.to_json(), folder, out.absolute())
             report["elastic"] = {
@@ -88,8 +88,7 @@ def write_materialized(
             }
             text = json.dumps(report, indent=2, ensure_ascii=False)
             (there / "report.json").write_text(text + "\n", encoding="utf-8")
-            steps = [MaterializeElastic(sparsity), *exports[:-1], *([ExportOnnx("onnx")] * onnx)]
-            ran = dump_recipe(steps, defaults=True)
+            ran = dump_recipe([MaterializeElastic(sparsity), *exports], defaults=True)
             (there / "recipe.yaml").write_text(ran, encoding="utf-8")
             write_report_page(there, report, model=f"{artefact.resolve().name} at {sparsity:g}")
             write_manifest(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import textwrap
 from pathlib import Path
 
 from zeroskip.ir.errors import RecipeError
 from zeroskip.ir.patterns import parse_pattern
 from zeroskip.recipe import Recipe, load_recipe, loads_recipe
-from zeroskip.recipe_options import check_known
+from zeroskip.recipe_options import check_known, nearest_of
 
 DEFAULT_PATTERN = "50%"
 
@@ -85,8 +84,8 @@ def find_recipe(name: str, pattern: str | None = None) -> Recipe:
     if name in PRESETS and not Path(name).exists():
         return preset(name, pattern or DEFAULT_PATTERN)
     if not Path(name).exists() and not Path(name).suffix:
-        nearest = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"Did you mean `{nearest[0]}`? " if nearest else ""
+        nearest = nearest_of(name, PRESETS)
+        hint = f"Did you mean `{nearest}`? " if nearest else ""
         raise RecipeError(
             f"There is no recipe {name}: neither a file nor a preset.",
             where=name,

@@ -150,15 +150,21 @@ def check_known(
     """Raises when a name does not exist, offering the nearest one that does."""
     if isinstance(name, str) and name in known:
         return
-    nearest = difflib.get_close_matches(str(name).replace("_", "-"), known, n=1)
-    nearest = nearest or difflib.get_close_matches(str(name).replace("-", "_"), known, n=1)
+    nearest = nearest_of(str(name), known)
     choices = ", ".join(f"`{each}`" for each in sorted(known)) or "none"
     raise RecipeError(
         f"Unknown {kind} `{name}`.",
         where=where,
         pass_name=pass_name,
-        next_step=f"Did you mean `{nearest[0]}`?" if nearest else f"There are: {choices}.",
+        next_step=f"Did you mean `{nearest}`?" if nearest else f"There are: {choices}.",
     )
+
+
+def nearest_of(name: str, known: Collection[str]) -> str | None:
+    """Returns the known name that a name resembles most, with `-` or `_`; None where none does."""
+    found = difflib.get_close_matches(name.replace("_", "-"), known, n=1)
+    found = found or difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+    return found[0] if found else None
 
 
 def plain(value: object) -> Any:

@@ -24,6 +24,8 @@ from zeroskip.manifest import MANIFEST_FILE, ManifestError, read_manifest
 
 STAGES = "stages"
 PARTIAL = "out"
+_ATTEMPTS = 100
+"""Times that a folder may vanish between being made and being used."""
 
 
 def is_complete(out: Path) -> bool:
@@ -87,10 +89,6 @@ def remove_leftovers(out: Path) -> None:
     if place_of(out).exists():
         with contextlib.suppress(ArtifactError), _locked(out):
             pass
-
-
-_ATTEMPTS = 100
-"""Times that a folder may vanish between being made and being used."""
 
 
 def place_of(out: Path) -> Path:

@@ -127,5 +127,5 @@ def test_which_adapters_serve() -> None:
     assert list(adapters_of(1, 3, "shared")) == [0, 1, 2]
     assert list(adapters_of(1, 3, "independent")) == [1]
     up, down = torch.randn(3, 5, 2), torch.randn(3, 2, 4)
-    torch.testing.assert_close(correction(up, down, [1, 2]), up[1] @ down[1] + up[2] @ down[2])
-    assert not correction(up, down, []).any()
+    torch.testing.assert_close(correction(up, down, range(1, 3)), up[1] @ down[1] + up[2] @ down[2])
+    assert not correction(up, down, range(0)).any()
